@@ -1,0 +1,1 @@
+//! What the shim and the guest agent say to each other.

@@ -1,0 +1,1 @@
+//! End-to-end tests: what runs in the lab machine, and the import-edge test.

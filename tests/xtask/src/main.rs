@@ -1,0 +1,3 @@
+//! Set-up, lab, demo, tests and benchmarks of this workspace.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! What the shim and the VMM say to each other.

@@ -1,0 +1,1 @@
+//! A minimal KVM monitor: one process, one microVM.

@@ -1,0 +1,3 @@
+//! `ctvm-vmm`: the monitor process.
+
+fn main() {}

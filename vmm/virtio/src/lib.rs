@@ -1,0 +1,1 @@
+//! virtio 1.2 queues, MMIO transport and devices; knows no KVM.
