@@ -1,0 +1,152 @@
+//! What a VM is made of, as its owner asks for it. The VMM checks it before it uses any of it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::FdIndex;
+
+/// Least guest memory, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 64;
+/// Most guest memory, in MiB (1 TiB).
+pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+/// Most vCPUs.
+pub const MAX_VCPUS: u8 = 32;
+/// Most disks.
+pub const MAX_DISKS: usize = 8;
+/// Longest kernel command line, in bytes, with what the VMM appends and its final NUL (x86 `COMMAND_LINE_SIZE`).
+pub const MAX_CMDLINE: usize = 2048;
+
+/// A whole VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// [`crate::PROTOCOL_VERSION`] of the sender.
+    pub version: u32,
+    /// Name of the sandbox, for logs only; at most 128 bytes.
+    #[serde(default)]
+    pub name: String,
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub kernel: KernelConfig,
+    /// Disks in the order the guest sees them (`vda`, `vdb`, …), at most [`MAX_DISKS`].
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// A source of entropy for the guest.
+    #[serde(default)]
+    pub rng: bool,
+    /// Host directories in the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs: Option<FsConfig>,
+    /// A virtio console, `hvc0`. Its last bytes are kept as the guest's last words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+    /// An 8250 serial port, `ttyS0`, output only: two exits a byte, for debugging. Bytes go to this descriptor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<FdIndex>,
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`], a multiple of 2.
+    pub size_mib: u32,
+    /// Where its pages come from.
+    #[serde(default)]
+    pub backing: GuestMemoryBacking,
+    /// Populate all pages before the guest starts.
+    #[serde(default)]
+    pub prefault: bool,
+}
+
+/// Where guest pages come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestMemoryBacking {
+    /// Private anonymous memory, 2 MiB aligned, transparent huge pages advised.
+    #[default]
+    Anonymous,
+    /// 2 MiB pages of hugetlbfs; configuring fails when the host has not enough of them free.
+    Hugetlbfs,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelConfig {
+    /// ELF `vmlinux` or bzImage, read-only.
+    pub image: FdIndex,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<FdIndex>,
+    /// Command line. The VMM appends the words that name its devices.
+    pub cmdline: String,
+    /// Enter an ELF kernel at its PVH note where it has one (else, and otherwise, at its 64-bit entry).
+    #[serde(default = "yes")]
+    pub pvh: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A raw disk image or block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The file. Opened for writing unless `read_only`.
+    pub file: FdIndex,
+    /// The guest may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Serial number the guest sees, at most 20 bytes (virtio 1.2, 5.2.6).
+    #[serde(default)]
+    pub id: String,
+    /// Request queues, 1 to 8.
+    #[serde(default = "one")]
+    pub queues: u8,
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// Sockets between guest and host (virtio 1.2, 5.10).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 to 2^32 - 2. It has no meaning outside this VM.
+    pub cid: u32,
+    /// Host ports the guest may dial; each connection becomes [`crate::Event::VsockAccepted`]. At most 16.
+    #[serde(default)]
+    pub ports: Vec<u32>,
+}
+
+/// Host directories in the guest (virtio 1.2, 5.11).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Tag the guest mounts by, 1 to 36 bytes.
+    pub tag: String,
+    /// File server threads, 1 to 4.
+    #[serde(default = "one")]
+    pub threads: u8,
+}
+
+/// The virtio console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Where the guest's output goes; nowhere but the kept tail when absent. Never blocks the guest: what the
+    /// descriptor does not take at once is dropped and counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<FdIndex>,
+    /// What the guest reads, for an interactive console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<FdIndex>,
+}

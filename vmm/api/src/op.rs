@@ -1,0 +1,106 @@
+//! Requests and their replies.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ApiError, DiskConfig, Event, FdIndex, Stats, Timeline, VmConfig};
+
+/// One request of the owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the owner; names the reply.
+    pub id: u64,
+    /// What to do.
+    pub op: Op,
+}
+
+/// An operation on the VM. "Legal" names the states of `vmm`'s lifecycle in which it is accepted; in any other it
+/// fails with [`crate::ErrorCode::FailedPrecondition`] and changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Check the configuration, make the VM, load the kernel. Legal once, first.
+    Configure(Box<VmConfig>),
+    /// Let the vCPUs run. Legal when configured. Replies [`Reply::Booted`].
+    Boot,
+    /// Stop all vCPUs and devices between two instructions. Legal when running; paused already succeeds.
+    Pause,
+    /// Go on after `Pause`. Legal when paused; running already succeeds.
+    Resume,
+    /// Add a disk. Legal when configured and not yet booted; on a running VM it needs the upcall channel.
+    Attach {
+        /// The disk.
+        disk: DiskConfig,
+    },
+    /// Show a host directory in the file share. Legal from `Configure` to the end; needs [`VmConfig::fs`].
+    FsMount {
+        /// Name of the directory in the share's root: 1 to 255 bytes, no `/`, not `.` or `..`.
+        at: String,
+        /// The directory (`O_PATH` will do). Nothing above it can be reached through it.
+        dir: FdIndex,
+        /// The guest may not write below it.
+        #[serde(default)]
+        read_only: bool,
+    },
+    /// Take a directory out of the share. Files that the guest holds open stay readable until it closes them.
+    FsUnmount {
+        /// The name given to `FsMount`.
+        at: String,
+    },
+    /// Dial a port of the guest. Replies [`Reply::Connected`] when the guest accepted. Legal when running.
+    VsockConnect {
+        /// Guest port.
+        port: u32,
+        /// How long to wait for the guest, in milliseconds, 1 to 60,000.
+        timeout_ms: u32,
+    },
+    /// Counters. Legal in every state.
+    Stats,
+    /// Flush disks, stop, exit. Legal in every state. The reply comes before [`Event::Exiting`].
+    Shutdown,
+}
+
+/// What the VMM sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Message {
+    /// The one answer to a request.
+    Reply {
+        /// [`Request::id`]; 0 where the request could not be read so far.
+        id: u64,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// Something happened.
+    Event(Event),
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Done.
+    Ok(Reply),
+    /// Not done; nothing changed.
+    Err(ApiError),
+}
+
+/// What a successful operation answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Reply {
+    /// Nothing to say.
+    Done,
+    /// The vCPUs run.
+    Booted {
+        /// When each stage ended.
+        timeline: Timeline,
+    },
+    /// The guest accepted the connection.
+    Connected {
+        /// A connected stream socket.
+        socket: FdIndex,
+    },
+    /// Counters.
+    Stats(Box<Stats>),
+}
