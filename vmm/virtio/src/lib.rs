@@ -1,1 +1,13 @@
-//! virtio 1.2 queues, MMIO transport and devices; knows no KVM.
+//! virtio 1.2 devices behind the MMIO transport, for one VM in one process.
+//!
+//! The crate knows guest memory and rings, not KVM: a device gets guest memory, its queues and an interrupt at
+//! activation, and its owner (the `vmm` crate) calls it when a queue was notified or a backend is ready.
+//!
+//! Everything a guest writes is checked at the door ([`queue`]); a device answers nonsense with a status, a
+//! counter and a rate-limited line, never with a panic.
+
+pub mod device;
+pub mod irq;
+
+/// Guest memory as every device sees it. Clones share the mappings.
+pub type GuestMemory = vm_memory::GuestMemoryMmap;
