@@ -1,1 +1,73 @@
 //! What the shim and the guest agent say to each other.
+//!
+//! Three vsock connections, each dialled by the agent to the host ([`HOST_CID`]):
+//!
+//! ```text
+//! shim                                          agent (PID 1)
+//!  │ <─────────── port 1024, once ──────────────── │  ttrpc; the *agent* is the server on it:
+//!  │                                               │    containerd.task.v3.Task   ([`task`])
+//!  │                                               │    ctvm.agent.v1.Sandbox     ([`sandbox`])
+//!  │ <─────────── port 1025, one a stream ──────── │  8-byte stream id, then raw bytes ([`stream`])
+//!  │ <─────────── port 1026, once ──────────────── │  one JSON object a line ([`log_line`])
+//! ```
+//!
+//! The Task messages are containerd's own, so the shim rewrites and forwards instead of translating. What differs
+//! from containerd's use of them:
+//! - `CreateTaskRequest.options` carries the OCI configuration ([`SPEC_TYPE_URL`], JSON bytes) with every path
+//!   already a path in the guest; `bundle` is not used.
+//! - `stdin`, `stdout` and `stderr` are `""` (`/dev/null`) or `stream:<decimal id>` ([`stream::StreamId`]).
+//! - There are no events: the shim holds one `Wait` a process.
+//!
+//! Not here: how the host side of vsock is made (the VMM's business) and anything that touches a system call.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod log_line;
+pub mod sandbox;
+pub mod stream;
+
+/// containerd's Task service, asynchronous: messages, client ([`task::TaskClient`]) and server trait
+/// ([`task::Task`], [`task::create_task`]).
+///
+/// Served by the agent: `Create`, `Start`, `State`, `Kill`, `Delete`, `Wait`, `Exec`, `CloseIO`, `Pids`,
+/// `ResizePty`, `Connect`. The rest answers `Unimplemented`.
+pub mod task {
+    pub use containerd_shim_protos::api::*;
+    pub use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
+}
+
+/// The messages' runtime and the RPC runtime, in the versions this crate is built with.
+pub use {protobuf, ttrpc};
+
+/// The host's vsock address (`VMADDR_CID_HOST`).
+pub const HOST_CID: u32 = 2;
+/// The guest's vsock address under the VMM.
+pub const GUEST_CID: u32 = 3;
+
+/// Host port of the agent's ttrpc connection, dialled once, when the agent is ready.
+pub const AGENT_PORT: u32 = 1024;
+/// Host port of the standard streams, dialled once for each stream.
+pub const STREAM_PORT: u32 = 1025;
+/// Host port of the guest's log, dialled once.
+pub const LOG_PORT: u32 = 1026;
+
+/// Name of the Task service as the agent registers it.
+pub const TASK_SERVICE: &str = "containerd.task.v3.Task";
+
+/// `type_url` of the OCI runtime configuration in `CreateTaskRequest.options`; the value is its JSON.
+pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+/// `type_url` of the OCI process in `ExecProcessRequest.spec`; the value is its JSON.
+pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+
+/// Tag of the one virtio-fs device.
+pub const SHARE_TAG: &str = "ctvm";
+/// Where the agent mounts it. A directory the VMM shows as `NAME` is `SHARE_PATH/NAME`.
+pub const SHARE_PATH: &str = "/run/ctvm/share";
+
+/// Line that PID 1 writes to the console as its first act when the kernel command line has `ctvm_mark=1`.
+pub const INIT_MARK: &str = "CTVM-INIT\n";
+/// Line that PID 1 writes to the console when its ttrpc connection is up, under the same condition.
+pub const READY_MARK: &str = "CTVM-READY\n";
+
+/// Most bytes of `SetupRequest.entropy` that are used: the size of the kernel's input pool.
+pub const MAX_ENTROPY: usize = 512;
