@@ -16,18 +16,22 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
 use crate::irq::Interrupt;
+use crate::queue::{Queue, QueueState};
 
 /// What a driver has set up when it says `DRIVER_OK` (virtio 1.2, 3.1.1), checked by the transport.
 #[derive(Debug)]
 pub struct Activation {
     /// Guest memory.
     pub memory: GuestMemory,
-    /// The queues, all ready, in the device's order. A queue that the driver left unused is not ready.
-    pub queues: Vec<virtio_queue::Queue>,
+    /// The queues in the device's order, their rings checked to lie in memory. A queue that the driver left unused
+    /// is there too, and never yields a chain.
+    pub queues: Vec<Queue>,
     /// For each queue, the event that the guest's notification raises. Only devices with
-    /// [`VirtioDevice::OWN_THREADS`] wait on them; for the others the main loop does.
+    /// [`VirtioDevice::OWN_THREADS`] wait on them; for the others the main loop does. A device that stops before its
+    /// queue is empty (to let others work) writes to the event itself, to be called again.
     pub kicks: Vec<EventFd>,
-    /// How to interrupt the driver.
+    /// How to interrupt the driver. [`Queue::notify`] does it for used buffers; a device needs this one only for
+    /// changes of its configuration.
     pub interrupt: Interrupt,
     /// The features both sides agreed on.
     pub features: u64,
@@ -93,7 +97,7 @@ pub trait VirtioDevice: Debug + Send {
     fn resume(&mut self);
 
     /// Queues as they stand, for the transport to save. Called when paused.
-    fn queues(&self) -> Vec<virtio_queue::QueueState>;
+    fn queues(&self) -> Vec<QueueState>;
 
     /// The device's own state. Called when paused.
     fn save(&self) -> Self::State;

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,17 +25,25 @@ impl IrqLine for EventFd {
     }
 }
 
-/// The interrupt of one device: the line and the `InterruptStatus` register that says why it was raised.
+/// What the driver can learn about why it was interrupted, shared between device and transport.
+#[derive(Debug, Default)]
+struct Reasons {
+    status: AtomicU32,
+    needs_reset: AtomicBool,
+    breakages: AtomicU64,
+}
+
+/// The interrupt of one device: the line, and the registers that say why it was raised.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
+    reasons: Arc<Reasons>,
     line: Arc<dyn IrqLine>,
 }
 
 impl Interrupt {
     /// An interrupt with no reason pending.
     pub fn new(line: Arc<dyn IrqLine>) -> Self {
-        Interrupt { status: Arc::default(), line }
+        Interrupt { reasons: Arc::default(), line }
     }
 
     /// Tells the driver that some queue has used buffers (virtio 1.2, 2.7.7 decides when to call this).
@@ -48,23 +56,55 @@ impl Interrupt {
         self.raise(CONFIG_CHANGE);
     }
 
+    /// Tells the driver that the device met something it cannot go on after: `DEVICE_NEEDS_RESET` shows in the
+    /// `Status` register until the driver resets the device (virtio 1.2, 2.1.2).
+    pub fn device_needs_reset(&self) {
+        if !self.reasons.needs_reset.swap(true, Ordering::SeqCst) {
+            self.reasons.breakages.fetch_add(1, Ordering::Relaxed);
+            self.config_change();
+        }
+    }
+
+    /// Whether the device waits for a reset.
+    pub fn needs_reset(&self) -> bool {
+        self.reasons.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// How often the device asked for a reset since it was made.
+    pub fn breakages(&self) -> u64 {
+        self.reasons.breakages.load(Ordering::Relaxed)
+    }
+
     /// `InterruptStatus`.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.reasons.status.load(Ordering::SeqCst)
     }
 
     /// `InterruptACK`: the driver has seen these reasons.
     pub fn acknowledge(&self, reasons: u32) {
-        self.status.fetch_and(!reasons, Ordering::SeqCst);
+        self.reasons.status.fetch_and(!reasons, Ordering::SeqCst);
     }
 
-    /// Puts back the pending reasons of a saved device.
-    pub fn restore(&self, status: u32) {
-        self.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    /// Puts back what a saved device had pending.
+    pub fn restore(&self, status: u32, needs_reset: bool) {
+        self.reasons.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+        self.reasons.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+
+    /// The driver reset the device: nothing is pending.
+    pub fn reset(&self) {
+        self.restore(0, false);
+    }
+
+    /// Raises the line again for what is pending, as an edge may have been lost (after a restore).
+    pub fn raise_pending(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
     }
 
     fn raise(&self, reason: u32) {
-        self.status.fetch_or(reason, Ordering::SeqCst);
+        self.reasons.status.fetch_or(reason, Ordering::SeqCst);
         if let Err(e) = self.line.raise() {
             // An eventfd fails only when its counter is full: then an interrupt is pending anyway.
             log::debug!("interrupt not raised: {e}");

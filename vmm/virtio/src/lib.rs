@@ -8,6 +8,8 @@
 
 pub mod device;
 pub mod irq;
+pub mod queue;
+pub mod rate;
 
 /// Guest memory as every device sees it. Clones share the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;

@@ -1,0 +1,216 @@
+//! Split virtqueues (virtio 1.2, 2.7), checked at the door.
+//!
+//! A thin layer over `virtio-queue`: it walks rings, follows chains and indirect tables; this module adds what a
+//! device may rely on. [`Queue::pop`] gives only [`Chain`]s whose every buffer lies in guest memory, readable part
+//! first, no longer than the queue; so device code never sees an address. What breaks these rules breaks the
+//! queue: it yields nothing more, the driver sees `DEVICE_NEEDS_RESET` (virtio 1.2, 2.1.2), one rate-limited line
+//! tells why. That is decided here once, for all devices.
+//!
+//! The contents of a buffer may change under our hands, as the guest still runs: read what is decided upon once.
+//!
+//! Packed rings (2.8) and `VIRTIO_F_IN_ORDER` are not offered.
+
+mod chain;
+mod cursor;
+mod state;
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+pub use chain::Chain;
+pub use cursor::{Reader, ShortChain, Writer};
+pub use state::{QueueState, SetupError};
+
+use crate::GuestMemory;
+use crate::irq::Interrupt;
+use crate::rate::GUEST_ERRORS;
+
+/// Why a queue broke.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The rings themselves make no sense.
+    #[error("ring cannot be read: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// The available index went backwards.
+    #[error("available index went back behind {next_avail}")]
+    AvailWentBack {
+        /// Where we stood.
+        next_avail: u16,
+    },
+    /// A buffer lies outside guest memory, at least in part.
+    #[error("chain {head}: buffer of {len} bytes at {address:#x} is not in guest memory")]
+    OutsideMemory {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Guest physical address.
+        address: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+    /// A loop, an index beyond the table, a broken indirect table, or more than 2^32 bytes in all.
+    #[error("chain {head}: no valid descriptor follows the first {count}")]
+    BreaksOff {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Valid descriptors before.
+        count: usize,
+    },
+    /// More descriptors than the queue has (virtio 1.2, 2.7.5.3.1).
+    #[error("chain {head}: more than {limit} descriptors")]
+    TooLong {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Queue size.
+        limit: u16,
+    },
+    /// A readable buffer after a writable one (virtio 1.2, 2.7.4.2).
+    #[error("chain {head}: readable buffer after a writable one")]
+    ReadableAfterWritable {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+}
+
+/// A queue that the driver has set up, its rings checked to lie in guest memory.
+///
+/// Memory is an argument of each call rather than a field, so that a [`Chain`] borrows the memory and not the queue.
+#[derive(Debug)]
+pub struct Queue {
+    ring: virtio_queue::Queue,
+    interrupt: Interrupt,
+    name: &'static str,
+    index: usize,
+    broken: bool,
+    /// The driver was told not to notify us.
+    quiet: bool,
+    /// Used buffers that no `notify` has considered yet.
+    unannounced: bool,
+}
+
+impl Queue {
+    /// Takes over the queue that `state` describes, after checking it. `name` and `index` are for log lines.
+    pub fn new(
+        state: &QueueState,
+        memory: &GuestMemory,
+        interrupt: Interrupt,
+        name: &'static str,
+        index: usize,
+    ) -> Result<Self, SetupError> {
+        let ring = state.to_ring(memory)?;
+        Ok(Queue { ring, interrupt, name, index, broken: state.broken, quiet: false, unannounced: false })
+    }
+
+    /// Whether the driver uses this queue, and has not broken it.
+    pub fn is_live(&self) -> bool {
+        self.ring.ready() && !self.broken
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// As it stands, for a snapshot.
+    pub fn state(&self) -> QueueState {
+        QueueState::of(&self.ring, self.broken)
+    }
+
+    /// The next chain that the driver made available.
+    ///
+    /// While chains come, the driver need not notify us, and is told so. `None` means that the queue is empty **and**
+    /// that the driver will notify us of the next chain (virtio 1.2, 2.7.10); a caller that stops before `None`
+    /// must come back by itself. A broken queue is empty for ever.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
+        if !self.is_live() {
+            return None;
+        }
+        self.try_pop(memory).unwrap_or_else(|e| {
+            self.fail(&e);
+            None
+        })
+    }
+
+    /// Puts back the chain that the last `pop` gave, unused. It comes again with the next `pop`.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the driver with `len` bytes written to its writable part (virtio 1.2, 2.7.8).
+    /// The driver learns of it at the next [`Queue::notify`].
+    pub fn push_used(&mut self, memory: &GuestMemory, head: u16, len: u32) {
+        if !self.is_live() {
+            return;
+        }
+        match self.ring.add_used(memory, head, len) {
+            Ok(()) => self.unannounced = true,
+            Err(e) => self.fail(&e.into()),
+        }
+    }
+
+    /// Interrupts the driver if there are used buffers that it wants to hear of (virtio 1.2, 2.7.7). Cheap if not.
+    /// Call it after a batch of `push_used`. Tells whether the interrupt was raised.
+    pub fn notify(&mut self, memory: &GuestMemory) -> bool {
+        if !self.unannounced || !self.is_live() {
+            return false;
+        }
+        self.unannounced = false;
+        match self.wants_interrupt(memory) {
+            Ok(true) => self.interrupt.used_buffer(),
+            Ok(false) => return false,
+            Err(e) => {
+                self.fail(&e);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Declares the queue broken for a reason that only the device sees, as a request that makes no sense and has
+    /// no room for a status.
+    pub fn break_off(&mut self, reason: impl std::fmt::Display) {
+        self.broken = true;
+        self.interrupt.device_needs_reset();
+        GUEST_ERRORS.warn(format_args!("{} queue {} needs a reset: {reason}", self.name, self.index));
+    }
+
+    fn fail(&mut self, error: &QueueError) {
+        self.break_off(error);
+    }
+
+    fn try_pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
+        // Twice, as the driver may add a chain just before it is asked to notify us again. A second time there is
+        // something, or it plays with the index.
+        for _ in 0..2 {
+            if let Some(chain) = self.ring.iter(memory)?.next() {
+                if !self.quiet {
+                    self.ring.disable_notification(memory)?;
+                    self.quiet = true;
+                }
+                return Chain::check(chain, memory, self.ring.size()).map(Some);
+            }
+            self.quiet = false;
+            if !self.ring.enable_notification(memory)? {
+                return Ok(None);
+            }
+        }
+        Err(QueueError::AvailWentBack { next_avail: self.ring.next_avail() })
+    }
+
+    fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        // Also the fence between our used index and the driver's wishes.
+        if !self.ring.needs_notification(memory)? {
+            return Ok(false);
+        }
+        if self.ring.event_idx_enabled() {
+            return Ok(true);
+        }
+        // 2.7.7.2: without the event index, the available ring's flags say it.
+        let flags: u16 = memory
+            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
