@@ -1,1 +1,21 @@
-//! End-to-end tests: what runs in the lab machine, and the import-edge test.
+//! What end-to-end tests stand on: a real containerd, the products as they ship, and a census of everything that
+//! could be left behind.
+//!
+//! The tests run as root in the lab machine, where `cargo xtask test` puts what they need below [`BIN`] and
+//! [`SHARE`]. They use the host's clock only for bounds on waiting, never for verdicts.
+
+pub mod census;
+pub mod command;
+pub mod containerd;
+pub mod vm;
+
+pub use census::Census;
+pub use command::{Finished, run, run_with_input};
+pub use containerd::Containerd;
+
+/// Where the product's binaries are in the lab machine.
+pub const BIN: &str = "/opt/ctvm/bin";
+/// Where guest kernel, guest image and the test container image are in the lab machine.
+pub const SHARE: &str = "/opt/ctvm/share";
+/// Name of the container image in `SHARE/image.tar`.
+pub const IMAGE: &str = "ctvm.local/demo:latest";

@@ -1,0 +1,293 @@
+//! A microVM with a guest that runs a shell script: the VMM and its devices, without agent and containerd.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use command_fds::{CommandFdExt, FdMapping};
+use tempfile::TempDir;
+use vmm_api::{
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, FsConfig, KernelConfig,
+    MemoryConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
+};
+
+use crate::command::{LIMIT, run};
+use crate::{BIN, SHARE};
+
+/// A line the guest's script prints when it is done.
+const DONE: &str = "script-done status=";
+
+/// What to boot and what to run in it.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory: MemoryConfig,
+    /// File name of the kernel below [`SHARE`].
+    pub kernel: &'static str,
+    /// Enter at the PVH note.
+    pub pvh: bool,
+    /// Put the guest's file system in an initial RAM disk in place of a disk.
+    pub initrd: bool,
+    /// Disks after the root disk: file, read-only, id, queues.
+    pub disks: Vec<(File, bool, String, u8)>,
+    /// Directory shown as `share` in the file share.
+    pub share: Option<(File, bool)>,
+    /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
+    pub script: String,
+}
+
+impl Default for GuestSpec {
+    fn default() -> Self {
+        GuestSpec {
+            vcpus: 1,
+            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
+            kernel: "vmlinux",
+            pvh: true,
+            initrd: false,
+            disks: Vec::new(),
+            share: None,
+            script: String::new(),
+        }
+    }
+}
+
+/// A running microVM.
+#[derive(Debug)]
+pub struct Guest {
+    client: Client,
+    vmm: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+    _folder: TempDir,
+}
+
+/// What a script printed and how it ended.
+#[derive(Debug)]
+pub struct ScriptOutput {
+    /// Lines on the console before the end.
+    pub lines: Vec<String>,
+    /// Exit status of the script.
+    pub status: i32,
+}
+
+impl ScriptOutput {
+    /// The value of the line `NAME=value`.
+    pub fn value(&self, name: &str) -> Result<&str> {
+        let prefix = format!("{name}=");
+        let found = self.lines.iter().find_map(|l| l.strip_prefix(&prefix));
+        found.with_context(|| format!("no line {prefix}… in {:#?}", self.lines))
+    }
+}
+
+impl GuestSpec {
+    /// Boots it.
+    pub fn boot(self) -> Result<Guest> {
+        let folder = tempfile::Builder::new().prefix("guest").tempdir_in("/var/tmp")?;
+        let tree = folder.path().join("tree");
+        make_tree(&tree, &self.script)?;
+        let share = Path::new(SHARE);
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        let mut give = |file: File| {
+            fds.push(file.into());
+            FdIndex(u8::try_from(fds.len() - 1).expect("few files"))
+        };
+        let image = give(File::open(share.join(self.kernel))?);
+        let mut disks = Vec::new();
+        let mut initrd = None;
+        let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=t");
+        if self.initrd {
+            initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?));
+            cmdline += " rdinit=/sbin/init";
+        } else {
+            let root = folder.path().join("root.erofs");
+            run(Command::new("mkfs.erofs").args(["--quiet", "-T0"]).arg(&root).arg(&tree))?.ok()?;
+            let file = give(File::open(root)?);
+            disks.push(DiskConfig { file, read_only: true, id: "root".into(), queues: 1 });
+            cmdline += " root=/dev/vda ro rootfstype=erofs init=/sbin/init";
+        }
+        for (file, read_only, id, queues) in self.disks {
+            disks.push(DiskConfig { file: give(file), read_only, id, queues });
+        }
+        let (reader, writer) = std::io::pipe()?;
+        let output = Some(give(File::from(OwnedFd::from(writer))));
+        let config = VmConfig {
+            version: PROTOCOL_VERSION,
+            name: "e2e".into(),
+            vcpus: self.vcpus,
+            memory: self.memory,
+            kernel: KernelConfig { image, initrd, cmdline, pvh: self.pvh },
+            disks,
+            vsock: Some(VsockConfig { cid: 3, ports: vec![1024] }),
+            rng: true,
+            fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
+            console: Some(ConsoleConfig { output, input: None }),
+            serial: None,
+        };
+        let (client, vmm) = start_vmm()?;
+        let mut guest = Guest { client, vmm, lines: collect_lines(reader), seen: vec![], _folder: folder };
+        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        guest.client.call(Op::Configure(Box::new(config)), &borrowed, LIMIT).context("configure")?;
+        drop(fds);
+        if let Some((dir, read_only)) = self.share {
+            let op = Op::FsMount { at: "share".into(), dir: FdIndex(0), read_only };
+            guest.client.call(op, &[dir.as_fd()], LIMIT).context("fs mount")?;
+        }
+        guest.client.call(Op::Boot, &[], LIMIT).context("boot")?;
+        Ok(guest)
+    }
+
+    /// Boots it, waits for the end of its script, and for the VM's own end.
+    pub fn run(self) -> Result<ScriptOutput> {
+        let mut guest = self.boot()?;
+        let output = guest.script()?;
+        let reason = guest.exit_reason()?;
+        if reason != ExitReason::GuestReset {
+            bail!("the VM ended with {reason:?} after {output:#?}");
+        }
+        Ok(output)
+    }
+}
+
+impl Guest {
+    /// Waits for a console line for which `want` is true.
+    pub fn wait_for_line(&mut self, what: &str, mut want: impl FnMut(&str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if want(&line) {
+                        return Ok(line);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => bail!("no {what} within {LIMIT:?} in {:#?}", self.seen),
+                Err(RecvTimeoutError::Disconnected) => bail!("no {what} before the end of {:#?}", self.seen),
+            }
+        }
+    }
+
+    /// Waits for the end of the script.
+    pub fn script(&mut self) -> Result<ScriptOutput> {
+        let last = self.wait_for_line("end of the script", |l| l.starts_with(DONE))?;
+        let status = last[DONE.len()..].trim().parse()?;
+        let mut lines = std::mem::take(&mut self.seen);
+        lines.pop();
+        Ok(ScriptOutput { lines, status })
+    }
+
+    /// Carries out one operation without descriptors.
+    pub fn call(&mut self, op: Op) -> Result<Reply> {
+        Ok(self.client.call(op, &[], LIMIT)?.0)
+    }
+
+    /// Counters.
+    pub fn stats(&mut self) -> Result<Stats> {
+        match self.call(Op::Stats)? {
+            Reply::Stats(stats) => Ok(*stats),
+            other => bail!("stats answered {other:?}"),
+        }
+    }
+
+    /// The next event, with its descriptors.
+    pub fn event(&mut self) -> Result<(Event, Vec<OwnedFd>)> {
+        self.client.next_event(LIMIT)?.with_context(|| format!("no event within {LIMIT:?}"))
+    }
+
+    /// Process id of the VMM.
+    pub fn vmm_pid(&self) -> i32 {
+        i32::try_from(self.vmm.id()).expect("a pid fits i32")
+    }
+
+    /// Waits for the VM's end and says why it ended; checks that the process' exit status says the same.
+    pub fn exit_reason(&mut self) -> Result<ExitReason> {
+        loop {
+            if let (Event::Exiting { reason }, _) = self.event()? {
+                let status = self.vmm.wait()?;
+                if status.code() != Some(reason.exit_status().into()) {
+                    bail!("{status} does not fit {reason:?}");
+                }
+                return Ok(reason);
+            }
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+    }
+}
+
+/// Starts a VMM and gives the owner's end of its control socket.
+pub fn start_vmm() -> Result<(Client, Child)> {
+    let (ours, theirs) = vmm_api::frame::pair()?;
+    let mut command = Command::new(Path::new(BIN).join("ctvm-vmm"));
+    command.stdin(Stdio::null()).fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;
+    let vmm = command.spawn().context("starting ctvm-vmm")?;
+    Ok((Client::new(ours), vmm))
+}
+
+/// A file of `size` bytes of a fixed pattern, open for reading and writing, already unlinked.
+pub fn scratch_file(size: u64) -> Result<File> {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open("/var/tmp")?;
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// Spawns a thread that turns the console into lines.
+fn collect_lines(mut console: std::io::PipeReader) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut pending = Vec::new();
+        let mut chunk = [0; 4096];
+        while let Ok(n @ 1..) = console.read(&mut chunk) {
+            pending.extend_from_slice(&chunk[..n]);
+            while let Some(end) = pending.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = pending.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                // Nobody listens any more when the test is over.
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    receiver
+}
+
+/// A guest tree of one static busybox and the script.
+fn make_tree(tree: &Path, script: &str) -> Result<()> {
+    for folder in ["bin", "sbin", "proc", "sys", "dev", "tmp", "run", "mnt"] {
+        fs::create_dir_all(tree.join(folder))?;
+    }
+    fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/busybox"))?;
+    symlink("busybox", tree.join("bin/sh"))?;
+    let init = format!(
+        "#!/bin/sh\nmount() {{ /bin/busybox mount \"$@\"; }}\n\
+         mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs tmp /tmp\n\
+         mount -t devtmpfs dev /dev 2>/dev/null\n\
+         /bin/busybox mkdir /tmp/bin; /bin/busybox --install -s /tmp/bin; export PATH=/tmp/bin\n\
+         exec </dev/hvc0 >/dev/hvc0 2>&1\n\
+         ( set -e\n{script}\n)\necho \"{DONE}$?\"\nsync; reboot -f\n"
+    );
+    fs::write(tree.join("sbin/init"), init)?;
+    fs::set_permissions(tree.join("sbin/init"), fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+fn pack_initrd(tree: &Path, folder: &Path) -> Result<std::path::PathBuf> {
+    let file = folder.join("initrd");
+    let script = "cd \"$1\" && find . | cpio --quiet -o -H newc > \"$2\"";
+    run(Command::new("sh").args(["-c", script, "sh"]).arg(tree).arg(&file))?.ok()?;
+    Ok(file)
+}
