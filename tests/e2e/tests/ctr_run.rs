@@ -10,7 +10,7 @@ use e2e::{Containerd, run};
 /// One containerd for all tests of this file; they use different container ids.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
 
-fn sh<'a>(id: &str, options: &[&str], script: &'a str) -> Result<e2e::Finished> {
+fn sh(id: &str, options: &[&str], script: &str) -> Result<e2e::Finished> {
     let options: Vec<&str> = ["--rm"].iter().chain(options).copied().collect();
     CONTAINERD.run(&options, id, &["sh", "-c", script])
 }

@@ -1,0 +1,117 @@
+//! Group `boot`: from exec of the VMM to the guest's PID 1 and to the agent being ready, by stage.
+
+use anyhow::Result;
+
+use crate::exits::Exits;
+use crate::rows::Row;
+use crate::subject::Subject;
+
+/// The agent's first act.
+const INIT: &str = "CTVM-INIT";
+/// The agent's connection is up.
+const READY: &str = "CTVM-READY";
+
+/// When each stage of one start ended, ms since exec. The stages between exec and `init` are our own VMM's.
+#[derive(Debug, Default, Clone)]
+pub struct Start {
+    /// Stage name to its end.
+    pub ends: Vec<(&'static str, f64)>,
+}
+
+impl Start {
+    fn end_of(&self, stage: &str) -> Option<f64> {
+        self.ends.iter().find(|(name, _)| *name == stage).map(|(_, end)| *end)
+    }
+}
+
+/// Times one start.
+pub fn start(subject: Subject) -> Result<Start> {
+    let mut vm = subject.start()?;
+    let exec_us = vm.exec_us;
+    let since_exec = |us: u64| us.saturating_sub(exec_us) as f64 / 1000.0;
+    let init = vm.wait_for_mark(INIT)?;
+    let ready = vm.wait_for_mark(READY)?;
+    let mut ends = Vec::new();
+    if let Some(t) = vm.timeline {
+        ends.push(("exec", since_exec(t.main_us)));
+        ends.push(("KVM set-up", since_exec(t.kvm_ready_us)));
+        ends.push(("kernel loaded", since_exec(t.loaded_us)));
+        ends.push(("vCPU runs", since_exec(t.running_us)));
+    }
+    ends.push(("PID 1", since_exec(init)));
+    ends.push(("agent ready", since_exec(ready)));
+    Ok(Start { ends })
+}
+
+/// Exits to user space from exec to PID 1.
+pub fn exits(subject: Subject) -> Result<usize> {
+    let exits = Exits::count()?;
+    let mut vm = subject.start()?;
+    vm.wait_for_mark(INIT)?;
+    exits.stop()
+}
+
+/// One start of each subject, by name.
+pub type Pictures = Vec<(String, Start)>;
+
+/// Runs the group. Also gives the first counted start of each subject, for the picture.
+pub fn group(runs: usize) -> Result<(Vec<Row>, Pictures)> {
+    let mut starts: Vec<(Subject, Vec<Start>)> = Subject::ALL.map(|s| (s, Vec::new())).into();
+    for round in 0..=runs {
+        for (subject, kept) in &mut starts {
+            let start = start(*subject)?;
+            eprintln!("boot round {round} {}: {:?}", subject.name()?, start.ends);
+            // The first round reads everything from disk: it warms up and is not counted.
+            if round > 0 {
+                kept.push(start);
+            }
+        }
+    }
+    let mut rows = Vec::new();
+    let mut pictures = Vec::new();
+    for (subject, starts) in &starts {
+        let name = subject.name()?;
+        for (stage, _) in &starts[0].ends {
+            let values = starts.iter().filter_map(|s| s.end_of(stage)).collect();
+            let row = Row::of("boot", format!("exec to {stage}"), name, "ms", values);
+            let limit = match (*subject, *stage) {
+                (Subject::Ctvm, "vCPU runs") => Some(10.0),
+                (Subject::Ctvm, "PID 1") => Some(35.0),
+                (Subject::Ctvm, "agent ready") => Some(45.0),
+                _ => None,
+            };
+            rows.extend(row.map(|r| if let Some(limit) = limit { r.budget(limit) } else { r }));
+        }
+        pictures.push((name.to_owned(), starts[0].clone()));
+        let counts = (0..3).map(|_| exits(*subject).map(|n| n as f64)).collect::<Result<Vec<_>>>()?;
+        let row = Row::of("boot", "exits to user space until PID 1", name, "exits", counts);
+        rows.extend(row.map(|r| if *subject == Subject::Ctvm { r.budget(200.0) } else { r }));
+    }
+    Ok((rows, pictures))
+}
+
+/// Memory of a VM that has come up and does nothing: group `memory`.
+pub fn memory(runs: usize) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for subject in Subject::ALL {
+        let (mut pss, mut anonymous, mut guest) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..runs.min(5) {
+            let mut vm = subject.start()?;
+            vm.wait_for_mark(READY)?;
+            // What the agent does after it said that it is ready.
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            let footprint =
+                crate::memory::footprint(vm.vmm.id(), u64::from(crate::subject::MEMORY_MIB) * 1024 - 4096)?;
+            pss.push(footprint.own_pss as f64);
+            anonymous.push(footprint.own_anonymous as f64);
+            guest.push(footprint.guest_rss as f64 / 1024.0);
+        }
+        let name = subject.name()?;
+        let ours = subject == Subject::Ctvm;
+        let limited = |row: Option<Row>, limit: f64| row.map(|r| if ours { r.budget(limit) } else { r });
+        rows.extend(limited(Row::of("memory", "VMM, PSS less guest memory", name, "KiB", pss), 1536.0));
+        rows.extend(Row::of("memory", "VMM, anonymous", name, "KiB", anonymous));
+        rows.extend(limited(Row::of("memory", "guest memory, idle", name, "MiB", guest), 16.0));
+    }
+    Ok(rows)
+}

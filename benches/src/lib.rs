@@ -1,1 +1,0 @@
-//! Every number the README quotes.

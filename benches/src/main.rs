@@ -1,0 +1,76 @@
+//! `ctvm-bench`: every number the README quotes, measured in the lab machine beside a peer.
+//!
+//! It times whole processes from outside, with the lab's clock: in exact mode one nanosecond an instruction, so that
+//! figures repeat. `cargo xtask bench` builds all that is needed, starts the lab in that mode and shows the result.
+
+mod boot;
+mod containers;
+mod exits;
+mod memory;
+mod rows;
+mod size;
+mod subject;
+mod svg;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+
+#[derive(Debug, Parser)]
+#[command(about = "Measures ctvm beside its peers; runs in the lab machine")]
+struct Arguments {
+    /// Only this group.
+    #[arg(long)]
+    only: Option<Group>,
+    /// Counted runs of each quantity.
+    #[arg(long, default_value_t = 10)]
+    runs: usize,
+    /// Write the rows here as JSON.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write the boot timeline here.
+    #[arg(long)]
+    svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// Exec of the VMM to PID 1 and to agent ready, and exits.
+    Boot,
+    /// Private memory of VMM and shim, idle guest memory.
+    Memory,
+    /// Sizes on disk.
+    Size,
+    /// `ctr run` end to end.
+    Run,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let wanted = |group| arguments.only.is_none_or(|only| only == group);
+    let mut rows = Vec::new();
+    if wanted(Group::Size) {
+        rows.extend(size::group()?);
+    }
+    if wanted(Group::Boot) {
+        let (boot, pictures) = boot::group(arguments.runs)?;
+        rows.extend(boot);
+        if let Some(file) = &arguments.svg {
+            std::fs::write(file, svg::timeline(&pictures)).with_context(|| file.display().to_string())?;
+        }
+    }
+    if wanted(Group::Memory) {
+        rows.extend(boot::memory(arguments.runs)?);
+        rows.extend(containers::memory()?);
+    }
+    if wanted(Group::Run) {
+        rows.extend(containers::group(arguments.runs)?);
+    }
+    print!("{}", rows::table(&rows));
+    if let Some(file) = &arguments.json {
+        std::fs::write(file, serde_json::to_vec_pretty(&rows)?)
+            .with_context(|| file.display().to_string())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! The VMMs under measurement: ours, and the peer that Debian ships. Both get the same kernel, image, vCPU, memory
+//! and devices: a read-only disk, a console, vsock, entropy.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use command_fds::{CommandFdExt, FdMapping};
+use e2e::{BIN, SHARE};
+use vmm_api::{
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, FdIndex, KernelConfig, MemoryConfig, Op, PROTOCOL_VERSION,
+    Reply, Timeline, VmConfig, VsockConfig,
+};
+
+/// Guest memory of every measured VM, MiB.
+pub const MEMORY_MIB: u32 = 128;
+/// The agent dials this port when it is ready.
+const READY_PORT: u32 = 1024;
+/// What every guest is told; the marks come from the agent.
+const CMDLINE: &str =
+    "console=hvc0 quiet panic=-1 reboot=t root=/dev/vda ro rootfstype=erofs init=/sbin/init ctvm_mark=1";
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A VMM to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// `ctvm-vmm`.
+    Ctvm,
+    /// `qemu-system-x86_64 -M microvm` with all that is optional off.
+    Qemu,
+}
+
+/// A VM that was started.
+#[derive(Debug)]
+pub struct Started {
+    /// When the child was about to exec, CLOCK_MONOTONIC µs.
+    pub exec_us: u64,
+    /// The VMM process.
+    pub vmm: Child,
+    /// The guest's console.
+    pub console: std::io::PipeReader,
+    /// Our VMM's own stages.
+    pub timeline: Option<Timeline>,
+    /// The lease: the VM ends with it.
+    _control: Option<Client>,
+    _listener: Option<OwnedFd>,
+}
+
+impl Subject {
+    /// Both, in the order they alternate.
+    pub const ALL: [Subject; 2] = [Subject::Ctvm, Subject::Qemu];
+
+    /// Name and version.
+    pub fn name(self) -> Result<&'static str> {
+        static QEMU: OnceLock<String> = OnceLock::new();
+        match self {
+            Subject::Ctvm => Ok("ctvm"),
+            Subject::Qemu => {
+                if QEMU.get().is_none() {
+                    let text = e2e::run(Command::new("qemu-system-x86_64").arg("--version"))?.ok()?;
+                    let version = text.split_whitespace().nth(3).context("qemu's version")?.to_owned();
+                    // Another thread would have found the same.
+                    let _ = QEMU.set(format!("QEMU microvm {version}"));
+                }
+                Ok(QEMU.get().expect("set above"))
+            }
+        }
+    }
+
+    /// Starts a VM.
+    pub fn start(self) -> Result<Started> {
+        match self {
+            Subject::Ctvm => start_ctvm(),
+            Subject::Qemu => start_qemu(),
+        }
+    }
+}
+
+impl Started {
+    /// Reads the console up to `mark` and says when it came, CLOCK_MONOTONIC µs.
+    pub fn wait_for_mark(&mut self, mark: &str) -> Result<u64> {
+        let mut seen = String::new();
+        let mut byte = [0; 512];
+        loop {
+            if seen.contains(mark) {
+                return Ok(now_us());
+            }
+            match self.console.read(&mut byte)? {
+                0 => bail!("the console ended before {mark}: {seen}"),
+                n => seen.push_str(&String::from_utf8_lossy(&byte[..n])),
+            }
+        }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+    }
+}
+
+/// CLOCK_MONOTONIC in µs.
+pub fn now_us() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: clock_gettime writes one timespec, which `now` is.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    u64::try_from(now.tv_sec * 1_000_000 + now.tv_nsec / 1000).expect("the clock does not run before zero")
+}
+
+/// Spawns `command`; the child stamps the clock as its last act before exec.
+fn spawn_stamped(command: &mut Command) -> Result<(Child, u64)> {
+    let (mut reader, writer) = std::io::pipe()?;
+    let fd = writer.as_raw_fd();
+    let stamp = move || {
+        let stamp = now_us().to_le_bytes();
+        // SAFETY: `stamp` is readable for its length; the descriptor is open in the child, as `writer` lives until
+        // after spawn. A failed write shows as a short read below.
+        unsafe { libc::write(fd, stamp.as_ptr().cast(), stamp.len()) };
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure calls clock_gettime and write only, both async-signal-safe.
+    unsafe { command.pre_exec(stamp) };
+    let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    let mut stamp = [0; 8];
+    reader.read_exact(&mut stamp)?;
+    drop(writer);
+    Ok((child, u64::from_le_bytes(stamp)))
+}
+
+fn start_ctvm() -> Result<Started> {
+    let (ours, theirs) = vmm_api::frame::pair()?;
+    let share = Path::new(SHARE);
+    let kernel = File::open(share.join("vmlinux"))?;
+    let rootfs = File::open(share.join("rootfs.erofs"))?;
+    let (console, output) = std::io::pipe()?;
+    let config = VmConfig {
+        version: PROTOCOL_VERSION,
+        name: "bench".into(),
+        vcpus: 1,
+        memory: MemoryConfig { size_mib: MEMORY_MIB, backing: Default::default(), prefault: false },
+        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: CMDLINE.into(), pvh: true },
+        disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "root".into(), queues: 1 }],
+        vsock: Some(VsockConfig { cid: 3, ports: vec![READY_PORT] }),
+        rng: true,
+        fs: None,
+        console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
+        serial: None,
+    };
+    let mut command = Command::new(Path::new(BIN).join("ctvm-vmm"));
+    command.stdin(Stdio::null()).fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;
+    let (vmm, exec_us) = spawn_stamped(&mut command)?;
+    let mut client = Client::new(ours);
+    client.call(Op::Configure(Box::new(config)), &[kernel.as_fd(), rootfs.as_fd(), output.as_fd()], LIMIT)?;
+    drop(output);
+    let (Reply::Booted { timeline }, _) = client.call(Op::Boot, &[], LIMIT)? else {
+        bail!("boot answered oddly")
+    };
+    Ok(Started { exec_us, vmm, console, timeline: Some(timeline), _control: Some(client), _listener: None })
+}
+
+fn start_qemu() -> Result<Started> {
+    let listener = listen_vsock(READY_PORT)?;
+    let (console, output) = std::io::pipe()?;
+    let mut command = Command::new("qemu-system-x86_64");
+    let machine = "microvm,accel=kvm,acpi=off,option-roms=off,rtc=off,pit=off,pic=off,isa-serial=off,auto-kernel-cmdline=on";
+    command
+        .args(["-M", machine, "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", CMDLINE])
+        .args(["-kernel", &format!("{SHARE}/vmlinux")])
+        .args(["-drive", &format!("id=root,file={SHARE}/rootfs.erofs,format=raw,if=none,readonly=on")])
+        .args(["-device", "virtio-blk-device,drive=root"])
+        .args(["-chardev", "stdio,id=console,signal=off", "-device", "virtio-serial-device"])
+        .args(["-device", "virtconsole,chardev=console"])
+        .args(["-device", "virtio-rng-device", "-device", "vhost-vsock-device,guest-cid=3"])
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(Stdio::inherit());
+    let (vmm, exec_us) = spawn_stamped(&mut command)?;
+    drop(command);
+    Ok(Started { exec_us, vmm, console, timeline: None, _control: None, _listener: Some(listener) })
+}
+
+/// Listens on a vsock port of the host, so that a guest behind vhost finds somebody there.
+fn listen_vsock(port: u32) -> Result<OwnedFd> {
+    // SAFETY: socket takes no pointers; a descriptor it returns is new, and ours alone.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error()).context("an AF_VSOCK socket (is vhost_vsock loaded?)");
+    }
+    // SAFETY: as above.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all bits zero is a valid sockaddr_vm.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).expect("a small number");
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    address.svm_port = port;
+    let size = libc::socklen_t::try_from(size_of_val(&address)).expect("a small number");
+    // SAFETY: bind reads `size` bytes of `address`, which lives here.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    // SAFETY: listen takes no pointers.
+    let listening = unsafe { libc::listen(socket.as_raw_fd(), 16) };
+    if bound < 0 || listening < 0 {
+        return Err(std::io::Error::last_os_error())
+            .with_context(|| format!("listening on vsock port {port}"));
+    }
+    Ok(socket)
+}
