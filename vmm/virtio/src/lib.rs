@@ -10,6 +10,8 @@ pub mod device;
 pub mod irq;
 pub mod queue;
 pub mod rate;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 /// Guest memory as every device sees it. Clones share the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;
