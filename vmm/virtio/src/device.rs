@@ -82,7 +82,9 @@ pub trait VirtioDevice: Debug + Send {
     fn on_queue(&mut self, index: usize);
 
     /// A descriptor that is readable when a backend needs [`VirtioDevice::on_backend`] (an epoll instance where
-    /// there are several backends). The same one for the device's life.
+    /// there are several backends). The same one for the device's life. The main loop waits for it by level while the
+    /// device is not paused, active or not: a device that can do nothing about it now (as it has no buffers, or is
+    /// inactive) must see to it that the descriptor is quiet meanwhile, as by taking sources out of its epoll instance.
     fn backend(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -105,9 +107,18 @@ pub trait VirtioDevice: Debug + Send {
     /// Makes a new device what `save` saw, paused. `activation` is `None` if it was not active then.
     fn restore(&mut self, state: &Self::State, activation: Option<Activation>) -> Result<(), ActivateError>;
 
-    /// The driver reset the device: forget the queues, stop all work, keep the backend.
+    /// The driver reset the device: forget the queues, stop all work, keep the backend. Ends a pause, too. When it
+    /// returns, nothing touches guest memory or rings any more.
     fn reset(&mut self);
 
     /// Counters, by name, since the device was made.
     fn metrics(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// [`VirtioDevice::read_config`] for a configuration space that lies in memory as `config`.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|at| config.get(at..)).unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
 }

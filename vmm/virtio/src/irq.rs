@@ -31,6 +31,7 @@ struct Reasons {
     status: AtomicU32,
     needs_reset: AtomicBool,
     breakages: AtomicU64,
+    config_generation: AtomicU32,
 }
 
 /// The interrupt of one device: the line, and the registers that say why it was raised.
@@ -51,8 +52,9 @@ impl Interrupt {
         self.raise(USED_BUFFER);
     }
 
-    /// Tells the driver to read the configuration, or the status, again.
+    /// Tells the driver to read the configuration, or the status, again. Call it after the change.
     pub fn config_change(&self) {
+        self.reasons.config_generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG_CHANGE);
     }
 
@@ -75,6 +77,11 @@ impl Interrupt {
         self.reasons.breakages.load(Ordering::Relaxed)
     }
 
+    /// `ConfigGeneration`: another value after each change (virtio 1.2, 2.5.1).
+    pub fn config_generation(&self) -> u32 {
+        self.reasons.config_generation.load(Ordering::SeqCst)
+    }
+
     /// `InterruptStatus`.
     pub fn status(&self) -> u32 {
         self.reasons.status.load(Ordering::SeqCst)
@@ -86,14 +93,15 @@ impl Interrupt {
     }
 
     /// Puts back what a saved device had pending.
-    pub fn restore(&self, status: u32, needs_reset: bool) {
+    pub fn restore(&self, status: u32, needs_reset: bool, config_generation: u32) {
+        self.reasons.config_generation.store(config_generation, Ordering::SeqCst);
         self.reasons.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
         self.reasons.needs_reset.store(needs_reset, Ordering::SeqCst);
     }
 
     /// The driver reset the device: nothing is pending.
     pub fn reset(&self) {
-        self.restore(0, false);
+        self.restore(0, false, self.config_generation());
     }
 
     /// Raises the line again for what is pending, as an edge may have been lost (after a restore).

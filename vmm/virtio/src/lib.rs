@@ -8,6 +8,7 @@
 
 pub mod device;
 pub mod irq;
+pub mod mmio;
 pub mod queue;
 pub mod rate;
 #[cfg(any(test, feature = "testing"))]

@@ -98,6 +98,12 @@ impl<'m> Cursor<'m> {
         Ok(tail)
     }
 
+    fn append(&mut self, tail: Self) {
+        self.left += tail.left;
+        self.slices.extend(tail.front());
+        self.slices.extend(tail.slices.into_iter().skip(tail.first + 1));
+    }
+
     /// Calls `io` with the next at most `limit` bytes as iovecs and advances by what it says it did.
     fn with_iovecs(
         &mut self,
@@ -235,6 +241,11 @@ impl<'m> Writer<'m> {
     /// Keeps the next `at` bytes of room and gives a writer to what follows.
     pub fn split_off(&mut self, at: usize) -> Result<Self, ShortChain> {
         self.0.split_off(at).map(Writer)
+    }
+
+    /// Adds the room of `tail` behind this one's, to fill both with one call.
+    pub fn append(&mut self, tail: Self) {
+        self.0.append(tail.0);
     }
 
     /// Fills what is left from `file` at `offset`, whole: a file that ends before is an error.

@@ -6,6 +6,7 @@
 
 pub mod contract;
 mod driver;
+mod echo;
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use driver::{Buffer, Descriptor, FakeQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
+pub use echo::{Echo, EchoFixture};
 
 use crate::GuestMemory;
 use crate::device::{ActivateError, Activation, VirtioDevice};
@@ -60,20 +62,37 @@ impl IrqLine for CountedLine {
     }
 }
 
-/// Where buffers come from: 3 MiB, used in turn and never given back. So keep less than that in flight.
+/// Where buffers come from: a piece of memory, used in turn and never given back. So keep less than that in flight, and
+/// use one of its own for a queue whose buffers stay in flight while others come and go.
 #[derive(Debug)]
-pub struct Heap(u64);
+pub struct Heap {
+    all: std::ops::Range<u64>,
+    next: u64,
+}
+
+impl Default for Heap {
+    /// All 3 MiB that the rings leave.
+    fn default() -> Self {
+        Heap::within(HEAP..MEMORY_END)
+    }
+}
 
 impl Heap {
+    /// A part of what [`Heap::default`] has.
+    pub fn within(all: std::ops::Range<u64>) -> Self {
+        assert!(HEAP <= all.start && all.end <= MEMORY_END, "{all:x?} is not all for buffers");
+        Heap { next: all.start, all }
+    }
+
     /// `len` bytes, aligned to 16.
     pub fn take(&mut self, len: usize) -> u64 {
         let len = (len as u64).next_multiple_of(16);
-        assert!(len <= MEMORY_END - HEAP, "buffer of {len} bytes is larger than the test's memory");
-        if self.0 + len > MEMORY_END {
-            self.0 = HEAP;
+        assert!(len <= self.all.end - self.all.start, "buffer of {len} bytes is larger than {:x?}", self.all);
+        if self.next + len > self.all.end {
+            self.next = self.all.start;
         }
-        let address = self.0;
-        self.0 += len;
+        let address = self.next;
+        self.next += len;
         address
     }
 }
@@ -104,7 +123,7 @@ impl Guest {
         let line = Arc::new(CountedLine::default());
         let mut guest = Guest {
             queues: Vec::new(),
-            heap: Heap(HEAP),
+            heap: Heap::default(),
             kicks: queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
             interrupt: Interrupt::new(line.clone()),
             line,
