@@ -7,6 +7,7 @@
 //! counter and a rate-limited line, never with a panic.
 
 pub mod device;
+pub mod fs;
 pub mod irq;
 pub mod mmio;
 pub mod queue;
