@@ -75,6 +75,11 @@ pub fn write_tables(ram: &GuestRam, kernel: &Kernel, cmdline: &str, initrd: Opti
     }
 }
 
+/// Writes the table that [`super::mptable::build`] made.
+pub fn write_mp_table(ram: &GuestRam, table: &[u8]) {
+    put(ram, layout::MP_TABLE, table);
+}
+
 fn put(ram: &GuestRam, gpa: u64, bytes: &[u8]) {
     let written = ram.memory().write_slice(bytes, GuestAddress(gpa));
     written.expect("every guest has the memory below 1 MiB, where all tables are");

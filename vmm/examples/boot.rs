@@ -1,0 +1,154 @@
+//! Boots a kernel by hand: `boot [options] KERNEL [DISK…]`. The console, or serial port, comes out here.
+//!
+//! A driver for development; operators have `ctvm run`.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use vmm_api::{
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, KernelConfig, MemoryConfig, Op,
+    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+struct Options {
+    vmm: String,
+    vmm_args: Vec<String>,
+    config: VmConfig,
+    files: Vec<OwnedFd>,
+    times: u32,
+    quiet: bool,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut times = 1;
+    let mut done = 0;
+    while done < times {
+        let options = parse(&args)?;
+        times = options.times;
+        boot(options)?;
+        done += 1;
+    }
+    Ok(())
+}
+
+fn parse(args: &[String]) -> Result<Options> {
+    let mut files: Vec<OwnedFd> = vec![];
+    let mut give = |file: OwnedFd| {
+        files.push(file);
+        FdIndex(u8::try_from(files.len() - 1).expect("few files"))
+    };
+    let stdout = || std::io::stdout().as_fd().try_clone_to_owned();
+    let mut options = Options {
+        vmm: "ctvm-vmm".into(),
+        vmm_args: vec![],
+        config: VmConfig {
+            version: PROTOCOL_VERSION,
+            name: "boot".into(),
+            vcpus: 1,
+            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
+            kernel: KernelConfig {
+                image: FdIndex(0),
+                initrd: None,
+                cmdline:
+                    "console=hvc0 quiet reboot=t panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init"
+                        .into(),
+                pvh: true,
+            },
+            disks: vec![],
+            vsock: None,
+            rng: false,
+            fs: None,
+            console: None,
+            serial: None,
+        },
+        files: vec![],
+        times: 1,
+        quiet: false,
+    };
+    let config = &mut options.config;
+    let mut images = vec![];
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().context("a value is missing");
+        match arg.as_str() {
+            "--vmm" => options.vmm = value()?.clone(),
+            "--vmm-arg" => options.vmm_args.push(value()?.clone()),
+            "--vcpus" => config.vcpus = value()?.parse()?,
+            "--memory" => config.memory.size_mib = value()?.parse()?,
+            "--prefault" => config.memory.prefault = true,
+            "--hugetlbfs" => config.memory.backing = vmm_api::GuestMemoryBacking::Hugetlbfs,
+            "--cmdline" => config.kernel.cmdline = value()?.clone(),
+            "--append" => config.kernel.cmdline = format!("{} {}", config.kernel.cmdline, value()?),
+            "--no-pvh" => config.kernel.pvh = false,
+            "--initrd" => config.kernel.initrd = Some(give(File::open(value()?)?.into())),
+            "--serial" => config.serial = Some(give(stdout()?)),
+            "--console" => {
+                config.console = Some(ConsoleConfig { output: Some(give(stdout()?)), input: None })
+            }
+            "--vsock" => config.vsock = Some(VsockConfig { cid: 3, ports: vec![1024] }),
+            "--rng" => config.rng = true,
+            "--fs" => config.fs = Some(FsConfig { tag: "ctvm".into(), threads: 1 }),
+            "--times" => options.times = value()?.parse()?,
+            "--quiet" => options.quiet = true,
+            option if option.starts_with("--") => bail!("unknown option {option}"),
+            image => images.push(image),
+        }
+    }
+    let (kernel, disks) = images.split_first().context("a kernel is wanted")?;
+    config.kernel.image = give(File::open(kernel).with_context(|| (*kernel).to_owned())?.into());
+    for disk in disks {
+        let file = give(File::open(disk).with_context(|| (*disk).to_owned())?.into());
+        config.disks.push(DiskConfig { file, read_only: true, id: String::new(), queues: 1 });
+    }
+    options.files = files;
+    Ok(options)
+}
+
+fn boot(options: Options) -> Result<()> {
+    let (ours, theirs) = vmm_api::frame::pair()?;
+    let mut command = Command::new(&options.vmm);
+    command.args(&options.vmm_args);
+    // SAFETY: dup2 is async-signal-safe, and all there is between fork and exec.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(theirs.as_raw_fd(), CONTROL_FD) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let start = Instant::now();
+    let mut vmm = command.spawn().with_context(|| options.vmm.clone())?;
+    let mut client = Client::new(ours);
+    let fds: Vec<_> = options.files.iter().map(AsFd::as_fd).collect();
+    client.call(Op::Configure(Box::new(options.config)), &fds, LIMIT)?;
+    let (reply, _) = client.call(Op::Boot, &[], LIMIT)?;
+    if let Reply::Booted { timeline: t } = reply
+        && !options.quiet
+    {
+        eprintln!(
+            "us after main: configure {}, kvm {}, loaded {}, running {}; {:?} after spawn",
+            t.configure_us - t.main_us,
+            t.kvm_ready_us - t.main_us,
+            t.loaded_us - t.main_us,
+            t.running_us - t.main_us,
+            start.elapsed()
+        );
+    }
+    loop {
+        match client.next_event(LIMIT)? {
+            None => bail!("the VM did not end within {LIMIT:?}"),
+            Some((Event::Exiting { reason }, _)) => {
+                let status = vmm.wait()?;
+                eprintln!("{reason}; {status}; {:?} after spawn", start.elapsed());
+                return Ok(());
+            }
+            Some((event, _)) => eprintln!("{event:?}"),
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! From what the owner asked for to what the builder may take: every field checked, every descriptor in its place.
+//!
+//! `vmm_api::VmConfig` is what came in; [`ValidConfig`] is what was checked. Only this module makes one.
+
+use std::os::fd::OwnedFd;
+
+use vmm_api::config::{MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+use vmm_api::{DiskConfig, FdIndex, GuestMemoryBacking, PROTOCOL_VERSION, VmConfig, VsockConfig};
+
+const MAX_NAME: usize = 128;
+const MAX_DISK_QUEUES: u8 = 8;
+/// virtio 1.2, 5.2.6: `VIRTIO_BLK_T_GET_ID`.
+const MAX_DISK_ID: usize = 20;
+const MAX_VSOCK_PORTS: usize = 16;
+/// virtio 1.2, 5.10.4: 0, 1, 2 and 2^32 - 1 are taken.
+const CIDS: std::ops::Range<u32> = 3..u32::MAX;
+/// virtio 1.2, 5.11.4.
+const MAX_TAG: usize = 36;
+const MAX_FS_THREADS: u8 = 4;
+/// Where the kernel looks for the words that are for PID 1 alone.
+const INIT_WORDS: &str = "--";
+
+/// A configuration is refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Another protocol.
+    #[error("the configuration is of protocol version {0}, this VMM speaks {PROTOCOL_VERSION}")]
+    Version(u32),
+    /// A number is out of its range.
+    #[error("{what} is {value}, must be {min} to {max}")]
+    Range {
+        /// Field, with unit.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// Least.
+        min: u64,
+        /// Most.
+        max: u64,
+    },
+    /// Memory comes in huge pages.
+    #[error("memory.size_mib is {0}, must be a multiple of 2")]
+    OddMemory(u32),
+    /// A text is too short, too long or has bytes it must not have.
+    #[error("{what} has {len} bytes{flaw}, must have {min} to {max}")]
+    Text {
+        /// Field.
+        what: &'static str,
+        /// Its length.
+        len: usize,
+        /// What else is wrong.
+        flaw: &'static str,
+        /// Least.
+        min: usize,
+        /// Most.
+        max: usize,
+    },
+    /// The command line does not fit.
+    #[error(
+        "the kernel command line has {len} bytes with the words for {devices} devices and its NUL, must have at most {MAX_CMDLINE}"
+    )]
+    Cmdline {
+        /// Its length.
+        len: usize,
+        /// Devices it names.
+        devices: usize,
+    },
+    /// A list has an entry twice.
+    #[error("{what} names {value} twice")]
+    Twice {
+        /// List.
+        what: &'static str,
+        /// Entry.
+        value: u64,
+    },
+    /// A descriptor did not come.
+    #[error("{what} is descriptor {index} of the packet, which has {count}")]
+    NoFd {
+        /// Field.
+        what: &'static str,
+        /// What it says.
+        index: u8,
+        /// How many came.
+        count: usize,
+    },
+    /// A descriptor has two uses.
+    #[error("{what} is descriptor {index} of the packet, which is something else already")]
+    FdTaken {
+        /// Field.
+        what: &'static str,
+        /// What it says.
+        index: u8,
+    },
+    /// A descriptor has no use.
+    #[error("the packet has {count} descriptors, of which {unused} are not named in it")]
+    FdsUnused {
+        /// How many came.
+        count: usize,
+        /// How many are left over.
+        unused: usize,
+    },
+}
+
+/// The descriptors of one packet, each to be taken once.
+#[derive(Debug)]
+pub struct Fds {
+    fds: Vec<Option<OwnedFd>>,
+}
+
+impl Fds {
+    /// All that came.
+    pub fn new(fds: Vec<OwnedFd>) -> Self {
+        Fds { fds: fds.into_iter().map(Some).collect() }
+    }
+
+    /// The one at `index`, named by the field `what`.
+    pub fn take(&mut self, what: &'static str, index: FdIndex) -> Result<OwnedFd, ConfigError> {
+        let count = self.fds.len();
+        match self.fds.get_mut(usize::from(index.0)) {
+            None => Err(ConfigError::NoFd { what, index: index.0, count }),
+            Some(slot) => slot.take().ok_or(ConfigError::FdTaken { what, index: index.0 }),
+        }
+    }
+
+    /// Checks that none is left.
+    pub fn done(self) -> Result<(), ConfigError> {
+        let count = self.fds.len();
+        match self.fds.iter().flatten().count() {
+            0 => Ok(()),
+            unused => Err(ConfigError::FdsUnused { count, unused }),
+        }
+    }
+}
+
+/// A whole VM, checked.
+#[derive(Debug)]
+pub struct ValidConfig {
+    /// Name for logs.
+    pub name: String,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// Where its pages come from.
+    pub backing: GuestMemoryBacking,
+    /// Populate it first.
+    pub prefault: bool,
+    /// Kernel image.
+    pub kernel: OwnedFd,
+    /// Initial RAM disk.
+    pub initrd: Option<OwnedFd>,
+    /// Command line without the words for devices.
+    pub cmdline: String,
+    /// Enter at the PVH note.
+    pub pvh: bool,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Sockets.
+    pub vsock: Option<VsockConfig>,
+    /// Entropy.
+    pub rng: bool,
+    /// File share.
+    pub fs: Option<vmm_api::FsConfig>,
+    /// Console.
+    pub console: Option<Console>,
+    /// Where the serial port's bytes go.
+    pub serial: Option<OwnedFd>,
+}
+
+/// A disk, checked.
+#[derive(Debug)]
+pub struct Disk {
+    /// The image or device.
+    pub file: OwnedFd,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Serial number.
+    pub id: String,
+    /// Request queues.
+    pub queues: u8,
+}
+
+/// The console, checked.
+#[derive(Debug)]
+pub struct Console {
+    /// Where output goes.
+    pub output: Option<OwnedFd>,
+    /// Where input comes from.
+    pub input: Option<OwnedFd>,
+}
+
+impl ValidConfig {
+    /// Checks `config` and takes its descriptors out of `fds`.
+    pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        if config.version != PROTOCOL_VERSION {
+            return Err(ConfigError::Version(config.version));
+        }
+        let mut fds = Fds::new(fds);
+        text("name", &config.name, 0, MAX_NAME)?;
+        range("vcpus", config.vcpus, 1, MAX_VCPUS)?;
+        let memory = config.memory;
+        range("memory.size_mib", memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        if memory.size_mib % 2 != 0 {
+            return Err(ConfigError::OddMemory(memory.size_mib));
+        }
+        text("kernel.cmdline", &config.kernel.cmdline, 0, MAX_CMDLINE - 1)?;
+        range("number of disks", config.disks.len() as u64, 0, MAX_DISKS as u64)?;
+        if let Some(vsock) = &config.vsock {
+            check_vsock(vsock)?;
+        }
+        if let Some(fs) = &config.fs {
+            text("fs.tag", &fs.tag, 1, MAX_TAG)?;
+            range("fs.threads", fs.threads, 1, MAX_FS_THREADS)?;
+        }
+        let mut optional = |what, index: Option<FdIndex>| index.map(|i| fds.take(what, i)).transpose();
+        let initrd = optional("kernel.initrd", config.kernel.initrd)?;
+        let serial = optional("serial", config.serial)?;
+        let console = match config.console {
+            None => None,
+            Some(console) => Some(Console {
+                output: optional("console.output", console.output)?,
+                input: optional("console.input", console.input)?,
+            }),
+        };
+        let valid = ValidConfig {
+            name: config.name,
+            vcpus: config.vcpus,
+            memory_bytes: u64::from(memory.size_mib) << 20,
+            backing: memory.backing,
+            prefault: memory.prefault,
+            kernel: fds.take("kernel.image", config.kernel.image)?,
+            initrd,
+            cmdline: config.kernel.cmdline,
+            pvh: config.kernel.pvh,
+            disks: config.disks.into_iter().map(|d| Disk::take(d, &mut fds)).collect::<Result<_, _>>()?,
+            vsock: config.vsock,
+            rng: config.rng,
+            fs: config.fs,
+            console,
+            serial,
+        };
+        fds.done()?;
+        Ok(valid)
+    }
+}
+
+impl Disk {
+    /// Checks one disk and takes its descriptor out of `fds`.
+    pub fn take(config: DiskConfig, fds: &mut Fds) -> Result<Self, ConfigError> {
+        range("disk.queues", config.queues, 1, MAX_DISK_QUEUES)?;
+        text("disk.id", &config.id, 0, MAX_DISK_ID)?;
+        let file = fds.take("disk.file", config.file)?;
+        Ok(Disk { file, read_only: config.read_only, id: config.id, queues: config.queues })
+    }
+}
+
+fn check_vsock(vsock: &VsockConfig) -> Result<(), ConfigError> {
+    range("vsock.cid", vsock.cid, CIDS.start, CIDS.end - 1)?;
+    range("number of vsock.ports", vsock.ports.len() as u64, 0, MAX_VSOCK_PORTS as u64)?;
+    for (i, port) in vsock.ports.iter().enumerate() {
+        if vsock.ports[..i].contains(port) {
+            return Err(ConfigError::Twice { what: "vsock.ports", value: (*port).into() });
+        }
+    }
+    Ok(())
+}
+
+/// `base` with the words that name `devices` (registers of `size` bytes at an address, interrupt), in order: they go
+/// before a `--`, behind which all words are PID 1's.
+pub fn cmdline_with_devices(base: &str, devices: &[(u64, u32)], size: u64) -> Result<String, ConfigError> {
+    let words: String = devices
+        .iter()
+        .map(|(gpa, irq)| format!(" virtio_mmio.device={}K@{gpa:#x}:{irq}", size >> 10))
+        .collect();
+    let split = base.split(' ').scan(0, |at, word| {
+        let start = *at;
+        *at += word.len() + 1;
+        Some((start, word))
+    });
+    let init = split.into_iter().find(|(_, word)| *word == INIT_WORDS).map_or(base.len(), |(start, _)| start);
+    let (kernel, rest) = base.split_at(init);
+    let mut line = format!("{}{words}", kernel.trim_end());
+    if !rest.is_empty() {
+        line.push(' ');
+        line.push_str(rest);
+    }
+    match line.len() + 1 {
+        len if len > MAX_CMDLINE => Err(ConfigError::Cmdline { len, devices: devices.len() }),
+        _ => Ok(line.trim_start().to_owned()),
+    }
+}
+
+fn range<T: Into<u64>>(what: &'static str, value: T, min: T, max: T) -> Result<(), ConfigError> {
+    let (value, min, max) = (value.into(), min.into(), max.into());
+    match (min..=max).contains(&value) {
+        true => Ok(()),
+        false => Err(ConfigError::Range { what, value, min, max }),
+    }
+}
+
+fn text(what: &'static str, value: &str, min: usize, max: usize) -> Result<(), ConfigError> {
+    let len = value.len();
+    let flaw = if value.contains('\0') { " and a NUL among them" } else { "" };
+    match (min..=max).contains(&len) && flaw.is_empty() {
+        true => Ok(()),
+        false => Err(ConfigError::Text { what, len, flaw, min, max }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use vmm_api::{ConsoleConfig, KernelConfig, MemoryConfig};
+
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            version: PROTOCOL_VERSION,
+            name: "test".into(),
+            vcpus: 1,
+            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
+            kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true },
+            disks: vec![],
+            vsock: None,
+            rng: false,
+            fs: None,
+            console: None,
+            serial: None,
+        }
+    }
+
+    fn fds(count: usize) -> Vec<OwnedFd> {
+        (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
+    }
+
+    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+        let mut config = config();
+        change(&mut config);
+        ValidConfig::check(config, fds(1)).unwrap_err().to_string()
+    }
+
+    fn disk(file: u8) -> DiskConfig {
+        DiskConfig { file: FdIndex(file), read_only: true, id: "root".into(), queues: 1 }
+    }
+
+    #[test]
+    fn a_good_one_passes() {
+        let mut config = config();
+        config.disks = vec![disk(2)];
+        config.console = Some(ConsoleConfig { output: Some(FdIndex(1)), input: None });
+        config.vsock = Some(VsockConfig { cid: 3, ports: vec![1024, 1025] });
+        let valid = ValidConfig::check(config, fds(3)).unwrap();
+        assert_eq!((valid.memory_bytes, valid.disks.len()), (128 << 20, 1));
+    }
+
+    #[test]
+    fn each_refusal_has_value_and_limit() {
+        let cases: [(&str, fn(&mut VmConfig)); 14] = [
+            ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
+            ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
+            ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),
+            ("memory.size_mib is 62, must be 64 to 1048576", |c| c.memory.size_mib = 62),
+            ("memory.size_mib is 65, must be a multiple of 2", |c| c.memory.size_mib = 65),
+            ("name has 129 bytes, must have 0 to 128", |c| c.name = "n".repeat(129)),
+            ("kernel.cmdline has 2048 bytes, must have 0 to 2047", |c| c.kernel.cmdline = "x".repeat(2048)),
+            ("kernel.cmdline has 1 bytes and a NUL among them", |c| c.kernel.cmdline = "\0".into()),
+            ("disk.queues is 9, must be 1 to 8", |c| c.disks = vec![DiskConfig { queues: 9, ..disk(0) }]),
+            ("disk.id has 21 bytes", |c| c.disks = vec![DiskConfig { id: "i".repeat(21), ..disk(0) }]),
+            ("number of disks is 9, must be 0 to 8", |c| c.disks = vec![disk(0); 9]),
+            ("vsock.cid is 2, must be 3 to 4294967294", |c| {
+                c.vsock = Some(VsockConfig { cid: 2, ports: vec![] });
+            }),
+            ("vsock.ports names 5 twice", |c| c.vsock = Some(VsockConfig { cid: 3, ports: vec![5, 6, 5] })),
+            ("fs.tag has 0 bytes, must have 1 to 36", |c| {
+                c.fs = Some(vmm_api::FsConfig { tag: String::new(), threads: 1 });
+            }),
+        ];
+        for (text, change) in cases {
+            let said = refused(change);
+            assert!(said.contains(text), "{said:?} does not say {text:?}");
+        }
+    }
+
+    #[test]
+    fn each_descriptor_has_one_use() {
+        assert_eq!(
+            refused(|c| c.kernel.image = FdIndex(4)),
+            "kernel.image is descriptor 4 of the packet, which has 1"
+        );
+        assert_eq!(
+            refused(|c| c.kernel.initrd = Some(FdIndex(0))),
+            "kernel.image is descriptor 0 of the packet, which is something else already"
+        );
+        let unused = ValidConfig::check(config(), fds(3)).unwrap_err();
+        assert_eq!(unused.to_string(), "the packet has 3 descriptors, of which 2 are not named in it");
+    }
+
+    #[test]
+    fn devices_are_named_before_the_words_for_init() {
+        let line = |base| cmdline_with_devices(base, &[(0xd000_0000, 5), (0xd000_1000, 6)], 4096).unwrap();
+        let words = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        assert_eq!(line("quiet"), format!("quiet {words}"));
+        assert_eq!(line(""), words);
+        assert_eq!(line("quiet -- --verbose"), format!("quiet {words} -- --verbose"));
+        assert_eq!(line("a=b--c x"), format!("a=b--c x {words}"));
+    }
+
+    #[test]
+    fn a_command_line_that_gets_too_long_is_refused() {
+        let base = "x".repeat(2040);
+        assert_eq!(cmdline_with_devices(&base, &[], 4096).unwrap(), base);
+        let said = cmdline_with_devices(&base, &[(0xd000_0000, 5)], 4096).unwrap_err().to_string();
+        assert_eq!(
+            said,
+            "the kernel command line has 2076 bytes with the words for 1 devices and its NUL, must have at most 2048"
+        );
+    }
+}

@@ -1,0 +1,132 @@
+//! How a VM is made: a recipe, read from top to bottom. The VM does not run at its end.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::Vm;
+use crate::arch::x86_64::boot::load_initrd;
+use crate::arch::x86_64::cpuid::Answers;
+use crate::arch::x86_64::kernel::{self, Kernel, KernelError};
+use crate::arch::x86_64::{layout, msr, regs};
+use crate::bus::{Bus, Overlap};
+use crate::config::{ConfigError, ValidConfig};
+use crate::kvm::{self, Kvm, KvmError, KvmVcpu, KvmVm};
+use crate::legacy::i8042::I8042;
+use crate::legacy::serial::Serial;
+use crate::memory::{GuestRam, MemoryError};
+use crate::seccomp::{self, Role};
+use crate::vcpu::{Ends, VcpuError, Vcpus};
+
+/// A VM cannot be made, or driven.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// What was asked for is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel image.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// This host's KVM cannot be used.
+    #[error("{0}")]
+    NoKvm(String),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Two devices at one address: a defect of the layout.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// The host has no more of something small.
+    #[error("{what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes a VM with its kernel loaded. `made` is called when KVM's part exists.
+pub fn build(kvm: &Kvm, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, VmError> {
+    let ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
+    let vm = kvm.create_vm()?;
+    // Before the interrupt controller: a slot set after it waits for a grace period of the host.
+    vm.map_ram(&ram)?;
+    vm.set_tss_address(layout::TSS)?;
+    vm.create_irqchip()?;
+    let answers = Answers::new(&kvm.supported_cpuid()?, config.vcpus);
+    let vcpus = create_vcpus(&vm, &answers, config.vcpus)?;
+    made();
+
+    let kernel = kernel::load(&ram, &config.kernel, config.pvh)?;
+    enter_kernel(&vcpus[0], &kernel)?;
+    let initrd = config.initrd.as_ref().map(|file| load_initrd(&ram, &kernel, file)).transpose()?;
+
+    let ends = Arc::new(Ends::new().map_err(host("make an event"))?);
+    let ports = legacy_ports(&vm, &ends, config.serial.map(File::from))?;
+    kvm::register_kick_signal().map_err(host("register the vCPU kick signal"))?;
+    Ok(Vm {
+        kvm: vm,
+        ram,
+        kernel,
+        initrd,
+        cmdline: config.cmdline,
+        answers,
+        made: vcpus,
+        vcpus: Vcpus::default(),
+        ports,
+        ends,
+    })
+}
+
+fn create_vcpus(vm: &KvmVm, answers: &Answers, count: u8) -> Result<Vec<KvmVcpu>, VmError> {
+    let msrs = msr::at_boot();
+    let mut vcpus = Vec::with_capacity(count.into());
+    for index in 0..count {
+        let vcpu = vm.create_vcpu(index)?;
+        vcpu.set_cpuid(&answers.of_vcpu(index))?;
+        vcpu.set_msrs(&msrs)?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Puts the boot CPU at the kernel's entry. The others stay as reset left them, waiting for INIT and SIPI.
+fn enter_kernel(boot_cpu: &KvmVcpu, kernel: &Kernel) -> Result<(), VmError> {
+    let mut sregs = boot_cpu.sregs()?;
+    let mut general = Default::default();
+    regs::enter(&kernel.entry, &mut sregs, &mut general);
+    boot_cpu.set_sregs(&sregs)?;
+    boot_cpu.set_regs(&general)?;
+    Ok(())
+}
+
+fn legacy_ports(vm: &KvmVm, ends: &Arc<Ends>, serial: Option<File>) -> Result<Bus, VmError> {
+    let mut ports = Bus::default();
+    ports.insert(layout::I8042_PORT.into(), I8042::PORTS, Arc::new(I8042::new(Arc::clone(ends))))?;
+    if let Some(output) = serial {
+        let line = EventFd::new(EFD_NONBLOCK).map_err(host("make an event"))?;
+        vm.register_irq(&line, layout::SERIAL_IRQ)?;
+        ports.insert(layout::SERIAL_PORT.into(), Serial::PORTS, Arc::new(Serial::new(output, line)))?;
+    }
+    Ok(ports)
+}
+
+/// First thing on each vCPU thread.
+pub(super) fn confine_vcpu() -> Result<(), String> {
+    seccomp::confine(Role::Vcpu).map_err(|e| format!("install the system call filter: {e}"))
+}
+
+/// Names what was tried when the host says no.
+pub fn host(what: &'static str) -> impl Fn(io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
