@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
 use rustix::system::{RebootCommand, reboot};
 
 /// In the initramfs: paths of module files in the order in which they load. Its presence marks the first stage.
@@ -19,6 +19,9 @@ pub const MODULE_LIST: &str = "/modules.list";
 
 /// Disk with the lab's root file system, an EROFS image.
 const ROOT_DISK: &str = "/dev/vda";
+
+/// Disk with what is tested, an EROFS image; missing in a lab for looking around.
+const PRODUCT_DISK: &str = "/dev/vdb";
 
 /// Where `lab-init` puts itself in the new root. On the overlay's tmpfs, so the image need not hold it.
 const SELF_IN_ROOT: &str = "/lab-init";
@@ -85,6 +88,8 @@ pub fn bring_up() -> Result<()> {
     mount_at("tmpfs", "/run", "tmpfs", "mode=0755,size=90%")?;
     // An overlay cannot be the upper layer of another overlay: containerd's snapshots need a file system of their own.
     mount_at("tmpfs", "/var/lib/containerd", "tmpfs", "mode=0711,size=90%")?;
+    mount_at("tmpfs", "/var/tmp", "tmpfs", "mode=1777,size=90%")?;
+    show_product()?;
     mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", "")?;
     mount_at("debugfs", "/sys/kernel/debug", "debugfs", "")?;
     for (target, link) in [
@@ -120,6 +125,30 @@ pub fn bring_up() -> Result<()> {
         rustix::process::Rlimit { current: Some(65_536), maximum: Some(1 << 20) },
     )
     .context("raise the descriptor limit")
+}
+
+/// Shows the second disk, where there is one, as `/opt/ctvm`, and lets it be changed: a developer's lab gets new
+/// builds while it runs.
+fn show_product() -> Result<()> {
+    if !Path::new(PRODUCT_DISK).exists() {
+        return Ok(());
+    }
+    for folder in ["/opt/ctvm", "/mnt"] {
+        fs::create_dir_all(folder).with_context(|| format!("make {folder}"))?;
+    }
+    mount_at("tmpfs", "/mnt", "tmpfs", "mode=0700")?;
+    for folder in ["/mnt/lower", "/mnt/upper", "/mnt/work"] {
+        fs::create_dir(folder).with_context(|| format!("make {folder}"))?;
+    }
+    mount(PRODUCT_DISK, "/mnt/lower", "erofs", MountFlags::RDONLY, None)
+        .context("mount the product's disk")?;
+    mount_at("overlay", "/opt/ctvm", "overlay", "lowerdir=/mnt/lower,upperdir=/mnt/upper,workdir=/mnt/work")?;
+    fs::create_dir_all("/etc/ctvm").context("make /etc/ctvm")?;
+    fs::copy("/opt/ctvm/share/config.toml", "/etc/ctvm/config.toml").context("configure the shim")?;
+    // Off the tree again: a test may count mounts, and /mnt is for whoever needs it.
+    unmount("/mnt/lower", UnmountFlags::DETACH)
+        .and_then(|()| unmount("/mnt", UnmountFlags::DETACH))
+        .context("tidy /mnt")
 }
 
 /// Writes everything back and ends the machine. Never returns.

@@ -113,7 +113,7 @@ impl<'a> Apt<'a> {
                         self.download(suite, request, packages, &archives)?;
                     }
                     let (from, to) = (archives.join(&package.file), folder.join(&package.file));
-                    fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
+                    fs::rename(&from, &to).with_context(|| format!("take {}", from.display()))?;
                     let found = hash_file(&to)?;
                     ensure!(
                         found == package.sha256,

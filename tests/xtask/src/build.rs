@@ -1,9 +1,18 @@
 //! Builds of this workspace's packages, each with the flags it ships or runs with.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// The one target. With it named, flags do not reach build scripts and procedural macros, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+const STATIC: &str = "-C target-feature=+crt-static";
+
+/// Tests that look at the checkout: they run on this machine, not in the lab.
+const HOST_ONLY_TESTS: [&str; 1] = ["import_edges"];
 
 /// The checkout's root.
 pub fn workspace() -> PathBuf {
@@ -13,7 +22,8 @@ pub fn workspace() -> PathBuf {
 
 /// Cargo's target folder, as the calling cargo chose it.
 pub fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), |path| workspace().join(path))
 }
 
 /// The lab's PID 1, static.
@@ -24,22 +34,88 @@ pub fn lab_init() -> Result<PathBuf> {
     command
         .args(["--package", "lab-init", "--bin", "lab-init", "--target", TARGET, "--target-dir"])
         .arg(&folder)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+        .env("RUSTFLAGS", STATIC);
     run(&mut command)?;
     Ok(folder.join(TARGET).join("debug/lab-init"))
 }
 
-/// The one target: with it named, flags do not reach build scripts, which cannot be static.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The guest's PID 1 as it ships, static.
+pub fn agent() -> Result<PathBuf> {
+    let folder = target().join("static");
+    let mut command = cargo("build");
+    command
+        .args(["--package", "guest-agent", "--bin", "ctvm-agent", "--profile", "agent", "--target", TARGET])
+        .arg("--target-dir")
+        .arg(&folder)
+        .env("RUSTFLAGS", STATIC)
+        // libcontainer's C library, as an archive where libseccomp-dev puts it.
+        .env("LIBSECCOMP_LINK_TYPE", "static")
+        .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
+    run(&mut command)?;
+    Ok(folder.join(TARGET).join("agent/ctvm-agent"))
+}
 
-fn cargo(verb: &str) -> Command {
+/// The host's programs as they ship: monitor, shim, operator's command line.
+pub fn host_programs() -> Result<[PathBuf; 3]> {
+    run(cargo("build").args(["--release", "--bins", "--package", "vmm", "--package", "shim"]))?;
+    Ok(["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm"].map(|name| target().join("release").join(name)))
+}
+
+/// The benchmark harness.
+pub fn bench() -> Result<PathBuf> {
+    run(cargo("build").args(["--release", "--bins", "--package", "benches"]))?;
+    Ok(target().join("release/ctvm-bench"))
+}
+
+/// The end-to-end tests, by name.
+pub fn lab_tests() -> Result<Vec<(String, PathBuf)>> {
+    let mut command = cargo("test");
+    command.args(["--package", "e2e", "--features", "lab", "--no-run", "--message-format=json"]);
+    let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
+    ensure!(output.status.success(), "cargo: {}", output.status);
+    let mut tests = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: Value = serde_json::from_slice(line).context("read cargo's message")?;
+        tests.extend(lab_test(&message));
+    }
+    ensure!(!tests.is_empty(), "cargo built no end-to-end test");
+    tests.sort();
+    Ok(tests)
+}
+
+/// Name and program when `message` tells of an end-to-end test that was built.
+fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
+    let is_test = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "test");
+    let name = message["target"]["name"].as_str()?;
+    let program = message["executable"].as_str()?;
+    (is_test && !HOST_ONLY_TESTS.contains(&name)).then(|| (name.to_string(), program.into()))
+}
+
+/// A cargo command in the workspace, with the versions that are locked.
+pub fn cargo(verb: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace()).args([verb, "--quiet", "--locked"]);
     command
 }
 
-fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().context("start cargo")?;
+/// Runs a cargo command with its output shown.
+pub fn run(command: &mut Command) -> Result<()> {
+    // Ours is for results, not for a build's messages.
+    let status = command.stdin(Stdio::null()).stdout(std::io::stderr()).status().context("start cargo")?;
     ensure!(status.success(), "cargo: {status}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_end_to_end_tests_go_to_the_lab() {
+        let message = |kind: &str, name: &str| serde_json::json!({"reason": "compiler-artifact", "executable": "/t/x", "target": {"kind": [kind], "name": name}});
+        assert_eq!(lab_test(&message("test", "vm_boot")), Some(("vm_boot".into(), "/t/x".into())));
+        assert_eq!(lab_test(&message("test", "import_edges")), None);
+        assert_eq!(lab_test(&message("lib", "e2e")), None);
+        assert_eq!(lab_test(&serde_json::json!({"reason": "build-finished", "success": true})), None);
+    }
 }

@@ -117,6 +117,32 @@ impl Key {
         self
     }
 
+    /// Adds the content of a file, not its name.
+    pub fn file(mut self, path: &Path) -> Result<Self> {
+        put(&mut self.hash, hash_file(path)?.as_bytes());
+        Ok(self)
+    }
+
+    /// Adds names, permissions and contents of all files below a folder, pages of documentation apart.
+    pub fn folder(mut self, path: &Path) -> Result<Self> {
+        let mut found = walk(path)?;
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        for (name, path, metadata) in found {
+            if name.ends_with(".md") || name.contains("__pycache__/") {
+                continue;
+            }
+            put(&mut self.hash, name.as_bytes());
+            put(&mut self.hash, &(metadata.mode() & 0o111).to_le_bytes());
+            let content = if metadata.is_symlink() {
+                fs::read_link(&path)?.to_string_lossy().into_owned()
+            } else {
+                hash_file(&path)?
+            };
+            put(&mut self.hash, content.as_bytes());
+        }
+        Ok(self)
+    }
+
     /// As a folder name.
     pub fn name(&self) -> String {
         let mut name = hex(&self.hash.clone().finalize());
@@ -287,6 +313,21 @@ mod tests {
     fn parts_of_a_key_do_not_run_together() {
         assert_ne!(key("ab").text("c").name(), key("a").text("bc").name());
         assert_ne!(Key::new("test", 1).name(), Key::new("test", 2).name());
+    }
+
+    #[test]
+    fn folder_key_follows_names_and_contents_but_not_pages() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = || Key::new("test", 1).folder(folder.path()).unwrap().name();
+        fs::write(folder.path().join("a"), "1").unwrap();
+        let first = name();
+        fs::write(folder.path().join("README.md"), "text").unwrap();
+        assert_eq!(first, name());
+        fs::write(folder.path().join("a"), "2").unwrap();
+        let second = name();
+        assert_ne!(first, second);
+        fs::rename(folder.path().join("a"), folder.path().join("b")).unwrap();
+        assert_ne!(second, name());
     }
 
     #[test]

@@ -1,11 +1,19 @@
 //! Set-up, lab, demo, tests and benchmarks of this workspace.
 
 mod apt;
+mod bench;
 mod build;
 mod cache;
+mod container_image;
+mod demo;
+mod fuzz;
+mod guest;
 mod host;
 mod lab;
+mod packages;
+mod product;
 mod steps;
+mod test;
 mod tree;
 
 use std::process::ExitCode;
@@ -25,6 +33,16 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Run a container in a microVM, from nothing
+    Demo,
+    /// Run every test
+    Test(test::Options),
+    /// Measure ctvm beside its peers
+    Bench(bench::Options),
+    /// Build the guest kernel; prints its path last
+    Kernel,
+    /// Build the guest image; prints its path last
+    Rootfs,
     /// Run a command, as root, in a lab machine with a nested KVM
     Lab(lab::Options),
 }
@@ -33,6 +51,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = cache::Cache::open().map(|cache| cache.verify(arguments.verify)).and_then(|cache| {
         match &arguments.task {
+            Task::Demo => demo::main(&cache),
+            Task::Test(options) => test::main(&cache, options),
+            Task::Bench(options) => bench::main(&cache, options),
+            Task::Kernel => kernel(&cache),
+            Task::Rootfs => rootfs(&cache),
             Task::Lab(options) => lab::main(&cache, options),
         }
     });
@@ -43,4 +66,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn kernel(cache: &cache::Cache) -> anyhow::Result<u8> {
+    packages::ensure(cache)?;
+    println!("{}", guest::kernel(cache)?.vmlinux.display());
+    Ok(0)
+}
+
+fn rootfs(cache: &cache::Cache) -> anyhow::Result<u8> {
+    packages::ensure(cache)?;
+    let agent = steps::step("build the agent", build::agent)?;
+    println!("{}", guest::rootfs(cache, &agent)?.display());
+    Ok(0)
 }

@@ -20,6 +20,9 @@ const BEAT_MS: u32 = 2_000;
 /// compilers, and a beat is late when they do.
 const FROZEN_AFTER: Duration = Duration::from_secs(120);
 
+/// The same in exact mode, where the machine runs many times slower than its clock.
+const FROZEN_AFTER_EXACT: Duration = Duration::from_secs(1_200);
+
 /// Exit code of a command that ran out of its time, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
 
@@ -151,13 +154,15 @@ impl Client {
         Ok(())
     }
 
+    fn frozen_after(self) -> Duration {
+        if self.exact { FROZEN_AFTER_EXACT } else { FROZEN_AFTER }
+    }
+
     fn connect(self) -> Result<TcpStream> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
         let connection = TcpStream::connect(address).context("connect to the lab")?;
         connection.set_nodelay(true).context("switch off Nagle's algorithm")?;
-        if !self.exact {
-            connection.set_read_timeout(Some(FROZEN_AFTER)).context("set a read timeout")?;
-        }
+        connection.set_read_timeout(Some(self.frozen_after())).context("set a read timeout")?;
         Ok(connection)
     }
 }
@@ -193,12 +198,13 @@ fn send(outlet: &Mutex<TcpStream>, kind: Kind, payload: &[u8]) -> io::Result<()>
 
 /// Reads frames until the command's exit.
 fn follow(connection: &mut TcpStream, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<Exit> {
+    let frozen_after = connection.read_timeout().context("read the timeout")?.unwrap_or_default();
     loop {
         let frame = match Frame::read(connection) {
             Ok(Some(frame)) => frame,
             Ok(None) => bail!("the lab machine went away"),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                bail!("the lab machine is frozen: no sign of life for {} s", FROZEN_AFTER.as_secs())
+                bail!("the lab machine is frozen: no sign of life for {} s", frozen_after.as_secs())
             }
             Err(error) => return Err(error).context("the lab machine went away"),
         };

@@ -13,19 +13,23 @@ use crate::steps::{quietly, step};
 use crate::tree::Tree;
 
 /// What the lab's user land holds; dependencies follow.
-const USER_LAND: [&str; 26] = [
+const USER_LAND: [&str; 30] = [
     "base-files",
     "base-passwd",
     "bash",
+    "bsdutils",
     "busybox",
     "containerd",
     "coreutils",
+    "cpio",
     "dash",
+    "diffutils",
     "e2fsprogs",
     "erofs-utils",
     "findutils",
     "grep",
     "gzip",
+    "hostname",
     "iproute2",
     "kmod",
     "libcap2-bin",

@@ -23,6 +23,7 @@ use super::image::{Emulator, Image, emulator};
 use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::host::{self, Kvm};
+use crate::product::Product;
 use crate::steps::show_tail;
 
 /// A lab machine that is not ready by then never will be. It takes 5 s on an idle machine.
@@ -33,14 +34,23 @@ const GONE_WITHIN: Duration = Duration::from_secs(20);
 
 const CONSOLE: &str = "console.log";
 const STATE: &str = "lab.json";
+const PRODUCT: &str = "product.erofs";
 
 /// What kind of lab machine is wanted.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Shape {
     pub cpus: u32,
     pub memory_mib: u32,
     /// Instruction count as the clock: one CPU, and everything timed in it repeats.
     pub exact: bool,
+    /// What is found at [`IN_LAB`](crate::product::IN_LAB), beside an `/etc/ctvm/config.toml` that points there.
+    pub product: Option<Product>,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { cpus: 2, memory_mib: 6144, exact: false, product: None }
+    }
 }
 
 /// What later runs need to find a machine that stays.
@@ -132,6 +142,9 @@ impl Machine {
         let tree = emulator(cache, &apt, which)?;
         let lab_init = crate::build::lab_init()?;
         image.write_initramfs(&lab_init, &folder.join("initramfs"))?;
+        if let Some(product) = &shape.product {
+            product.write_disk(cache, &folder.join(PRODUCT))?;
+        }
         // Another process may take the port between our look and QEMU's: then QEMU says so and we look again.
         for _ in 0..3 {
             let port = free_port()?;
@@ -224,6 +237,10 @@ fn arguments(command: &mut Command, shape: &Shape, kvm: Kvm, image: &Image, port
     let root = image.root();
     command.arg("-drive").arg(format!("if=none,id=root,format=raw,readonly=on,file={}", root.display()));
     command.args(["-device", "virtio-blk-pci,drive=root"]);
+    if shape.product.is_some() {
+        command.arg("-drive").arg(format!("if=none,id=product,format=raw,readonly=on,file={PRODUCT}"));
+        command.args(["-device", "virtio-blk-pci,drive=product"]);
+    }
     command.arg("-netdev").arg(format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{PORT}"));
     command.args(["-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"]);
 }

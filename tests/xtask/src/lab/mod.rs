@@ -15,6 +15,8 @@ use lab_protocol::{Command, Exit};
 use self::client::{Client, Streams};
 use self::machine::{Machine, Shape};
 use crate::cache::{Cache, lock};
+use crate::host::{self, Kvm};
+use crate::product::{self, Product};
 use crate::steps::step;
 
 /// Options of `xtask lab`.
@@ -42,6 +44,12 @@ pub struct Options {
     /// Count instructions as time, on one CPU: figures repeat to about 1 %
     #[arg(long)]
     exact: bool,
+    /// Build ctvm and show it in the lab at /opt/ctvm, the shim's configuration at /etc/ctvm
+    #[arg(long)]
+    product: bool,
+    /// Run the command on this machine itself, where its KVM can boot a guest
+    #[arg(long)]
+    host: bool,
     /// Look around: a shell on a terminal
     #[arg(long)]
     shell: bool,
@@ -67,7 +75,13 @@ pub struct Options {
 
 /// Does what the options say; the result is this process's exit code.
 pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
-    let shape = Shape { cpus: options.cpus, memory_mib: options.memory_mib, exact: options.exact };
+    if options.host {
+        return on_host(options);
+    }
+    let shape = || -> Result<Shape> {
+        let product = if options.product { Some(Product::build(cache)?) } else { None };
+        Ok(Shape { cpus: options.cpus, memory_mib: options.memory_mib, exact: options.exact, product })
+    };
     if options.down {
         let _lock = name_lock(cache, &options.name)?;
         let stopped = Machine::stop(cache, &options.name)?;
@@ -79,6 +93,7 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
         if Machine::find(cache, &options.name)?.is_some() {
             eprintln!("lab {}: is up already", options.name);
         } else {
+            let shape = shape()?;
             step("start the lab", || Machine::start_to_stay(cache, &shape, &options.name).map(drop))?;
         }
     }
@@ -98,8 +113,19 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
         return Ok(0);
     }
     let machine = match Machine::find(cache, &options.name)? {
-        Some(machine) => machine,
-        None => step("start the lab", || Machine::start(cache, &shape))?,
+        Some(machine) => {
+            if options.product && !options.up {
+                let product = Product::build(cache)?;
+                step("put the product into the lab", || {
+                    machine.client().put(product.folder(), product::IN_LAB)
+                })?;
+            }
+            machine
+        }
+        None => {
+            let shape = shape()?;
+            step("start the lab", || Machine::start(cache, &shape))?
+        }
     };
     work(machine.client(), options).inspect_err(|_| machine.show_console())
 }
@@ -129,6 +155,19 @@ fn work(client: Client, options: &Options) -> Result<u8> {
         client.get(remote, Path::new(local))?;
     }
     Ok(exit.shell_code())
+}
+
+fn on_host(options: &Options) -> Result<u8> {
+    let kvm = host::kvm();
+    ensure!(kvm == Kvm::Hardware, "--host: this machine has no vmx or svm, or its /dev/kvm does not open");
+    let (program, args) = options.command.split_first().context("--host needs a command after `--`")?;
+    let mut command = std::process::Command::new(program);
+    command.args(args).envs(options.env.iter().filter_map(|pair| pair.split_once('=')));
+    if !options.cwd.is_empty() {
+        command.current_dir(&options.cwd);
+    }
+    let status = command.status().with_context(|| format!("start {program}"))?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
 fn shell(client: Client, options: &Options) -> Result<Exit> {

@@ -1,0 +1,229 @@
+//! `cargo xtask test`: every test there is. Unit tests on this machine, end-to-end tests in one lab machine, fuzz
+//! targets for a minute each. All run even when some fail; the last line says how many did.
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use lab_protocol::Command;
+
+use crate::cache::Cache;
+use crate::lab::client::{Client, Streams};
+use crate::lab::machine::{Machine, Shape};
+use crate::product::Product;
+use crate::steps::step;
+use crate::{build, fuzz, packages};
+
+/// One end-to-end test program may take this long.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// Tests that count what is left on the machine, one at a time.
+const ALONE: [&str; 1] = ["nothing_left"];
+
+/// Options of `xtask test`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Only this kind of test
+    #[arg(long)]
+    only: Option<Only>,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+    /// Fuzz each target for this many seconds
+    #[arg(long, default_value_t = 60)]
+    fuzz_seconds: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Only {
+    /// On this machine
+    Unit,
+    /// In the lab
+    Lab,
+    /// Fuzz targets
+    Fuzz,
+}
+
+/// How many tests ended how.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Count {
+    pub passed: u32,
+    pub failed: u32,
+    pub ignored: u32,
+    /// What failed, for the end.
+    pub failures: Vec<String>,
+}
+
+impl Count {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.failures.extend(other.failures);
+    }
+
+    /// Takes what a line of libtest's output says: a test's failure, or a program's result.
+    fn take_line(&mut self, line: &str) {
+        if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED")) {
+            self.failures.push(name.to_string());
+        }
+        if let Some(result) = line.strip_prefix("test result: ") {
+            let number = |word: &str| {
+                let part = result.split([';', '.']).find_map(|part| part.trim().strip_suffix(word));
+                part.and_then(|part| part.trim().parse::<u32>().ok()).unwrap_or(0)
+            };
+            self.passed += number("passed");
+            self.failed += number("failed");
+            self.ignored += number("ignored");
+        }
+    }
+
+    /// Counts a program that failed without saying which of its tests did.
+    fn settle(&mut self, program: &str, succeeded: bool, how: &str) {
+        if !succeeded && self.failed == 0 {
+            self.failed += 1;
+            self.failures.push(format!("{program} ({how})"));
+        }
+    }
+}
+
+/// Runs the tests; the result is this process's exit code.
+pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
+    let wanted = |kind| options.only.is_none_or(|only| only == kind);
+    packages::ensure(cache)?;
+    let mut count = Count::default();
+    if wanted(Only::Unit) {
+        count.add(step("unit tests", || unit(options))?);
+    }
+    if wanted(Only::Lab) {
+        count.add(in_lab(cache, options)?);
+    }
+    if wanted(Only::Fuzz) {
+        count.add(fuzz::all(cache, options.fuzz_seconds, options.filter.as_deref())?);
+    }
+    for failure in &count.failures {
+        println!("failed: {failure}");
+    }
+    let ignored = if count.ignored > 0 { format!(", {} skipped", count.ignored) } else { String::new() };
+    println!("{} passed, {} failed{ignored}", count.passed, count.failed);
+    Ok(u8::from(count.failed > 0 || count.passed == 0))
+}
+
+fn unit(options: &Options) -> Result<Count> {
+    let mut cargo = build::cargo("test");
+    cargo.args(["--workspace", "--no-fail-fast"]).args(&options.filter);
+    let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start cargo")?;
+    let mut lines = Lines::to(io::stdout());
+    let mut output = BufReader::new(child.stdout.take().expect("stdout is piped above"));
+    let mut line = Vec::new();
+    while output.read_until(b'\n', &mut line).context("read cargo's output")? > 0 {
+        lines.write_all(&line)?;
+        line.clear();
+    }
+    let status = child.wait().context("wait for cargo")?;
+    let mut count = lines.count;
+    count.settle("cargo test", status.success(), &status.to_string());
+    Ok(count)
+}
+
+fn in_lab(cache: &Cache, options: &Options) -> Result<Count> {
+    let product = Product::build(cache)?;
+    let tests = step("build the end-to-end tests", build::lab_tests)?;
+    for (name, program) in &tests {
+        product.add_stripped("tests", program, name)?;
+    }
+    let shape = Shape { product: Some(product), ..Shape::default() };
+    let machine = step("start the lab", || Machine::start(cache, &shape))?;
+    let mut count = Count::default();
+    for (name, _) in &tests {
+        let result = step(&format!("end-to-end tests: {name}"), || run_one(machine.client(), name, options));
+        match result {
+            Ok(one) => count.add(one),
+            Err(error) => {
+                // The lab itself failed: what it still said is all there is, and the rest cannot run.
+                machine.show_console();
+                return Err(error);
+            }
+        }
+    }
+    if count.failed > 0 {
+        machine.show_console();
+    }
+    Ok(count)
+}
+
+fn run_one(client: Client, name: &str, options: &Options) -> Result<Count> {
+    let threads = if ALONE.contains(&name) { 1 } else { 2 };
+    let mut argv =
+        vec![format!("{}/tests/{name}", crate::product::IN_LAB), format!("--test-threads={threads}")];
+    argv.extend(options.filter.clone());
+    let command = Command { argv, env: vec!["RUST_BACKTRACE=1".into()], ..Command::default() };
+    let mut lines = Lines::to(io::stdout());
+    let mut stderr = io::stderr();
+    let streams = Streams { stdin: Box::new(io::empty()), stdout: &mut lines, stderr: &mut stderr };
+    let code = client.run(&command, streams, Some(LIMIT))?.shell_code();
+    let mut count = lines.count;
+    for failure in &mut count.failures {
+        failure.insert_str(0, &format!("{name}::"));
+    }
+    count.settle(name, code == 0, &format!("exit code {code}"));
+    Ok(count)
+}
+
+/// Passes output on and counts as it goes by.
+struct Lines<W> {
+    to: W,
+    rest: VecDeque<u8>,
+    count: Count,
+}
+
+impl<W: Write> Lines<W> {
+    fn to(to: W) -> Self {
+        Self { to, rest: VecDeque::new(), count: Count::default() }
+    }
+}
+
+impl<W: Write> Write for Lines<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.to.write_all(bytes)?;
+        self.rest.extend(bytes);
+        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.rest.drain(..=end).collect();
+            self.count.take_line(String::from_utf8_lossy(&line).trim_end());
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtest_lines_are_counted_wherever_they_are_cut() {
+        let mut lines = Lines::to(io::sink());
+        for piece in [
+            "test a ... ok\ntest b::c ... FAI",
+            "LED\ntest result: FAILED. 1 passed; 1 failed; ",
+            "2 ignored; 0 measured; 0 filtered out; finished in 0.1s\n",
+        ] {
+            lines.write_all(piece.as_bytes()).unwrap();
+        }
+        let expected = Count { passed: 1, failed: 1, ignored: 2, failures: vec!["b::c".into()] };
+        assert_eq!(lines.count, expected);
+    }
+
+    #[test]
+    fn program_that_dies_counts_as_a_failure() {
+        let mut count = Count { passed: 3, ..Count::default() };
+        count.settle("vm_boot", false, "exit code 134");
+        assert_eq!((count.passed, count.failed), (3, 1));
+        assert_eq!(count.failures, ["vm_boot (exit code 134)"]);
+    }
+}
