@@ -35,6 +35,8 @@ use super::table::Token;
 use crate::queue::{Reader, Writer};
 
 const BOTH: u32 = NO_RECEIVE | NO_SEND;
+/// Most buffers that one read fills. Linux's are a bit less than 4 KiB.
+const MAX_APPETITE: usize = 32;
 
 /// Where a connection stands.
 #[derive(Debug)]
@@ -170,6 +172,8 @@ pub struct Connection {
     update_asked: bool,
     /// We asked for the guest's credit and have got none since.
     credit_asked: bool,
+    /// How many of the guest's buffers to offer to the next read.
+    appetite: usize,
 }
 
 impl Connection {
@@ -202,6 +206,7 @@ impl Connection {
             told: 0,
             update_asked: false,
             credit_asked: false,
+            appetite: 1,
         }
     }
 
@@ -228,11 +233,6 @@ impl Connection {
         self.window.size()
     }
 
-    /// Bytes that wait for the host.
-    pub fn backlog_len(&self) -> usize {
-        self.backlog.len()
-    }
-
     /// Takes a packet. An error means that the connection must be reset.
     pub fn receive(
         &mut self,
@@ -256,7 +256,9 @@ impl Connection {
         }
         self.learn_credit(packet);
         match std::mem::replace(&mut self.phase, Phase::Open) {
-            Phase::Dialling { request, far } if packet.op == Op::Response => Ok(Step::Opened { request, far }),
+            Phase::Dialling { request, far } if packet.op == Op::Response => {
+                Ok(Step::Opened { request, far })
+            }
             phase @ Phase::Dialling { .. } => {
                 self.phase = phase;
                 Err(Violation::TooEarly { op: packet.op })
@@ -303,7 +305,12 @@ impl Connection {
         Ok(Step::Live)
     }
 
-    fn deliver(&mut self, len: u32, payload: &mut Reader<'_>, metrics: &mut Metrics) -> Result<(), Violation> {
+    fn deliver(
+        &mut self,
+        len: u32,
+        payload: &mut Reader<'_>,
+        metrics: &mut Metrics,
+    ) -> Result<(), Violation> {
         if self.heard & NO_SEND != 0 {
             return Err(Violation::AfterEnd { len });
         }
@@ -408,12 +415,17 @@ impl Connection {
     pub fn drain(&mut self) -> bool {
         self.end_to_guest();
         self.phase = Phase::Draining;
-        self.is_draining()
+        !self.is_drained()
     }
 
-    /// Whether the host has yet to take something of a guest that is gone.
-    pub fn is_draining(&self) -> bool {
-        matches!(self.phase, Phase::Draining) && !self.backlog.is_empty()
+    /// Whether the guest is gone and the host has taken all that it will take.
+    pub fn is_drained(&self) -> bool {
+        matches!(self.phase, Phase::Draining) && self.backlog.is_empty()
+    }
+
+    /// Whether the guest has been sent any packet about it.
+    pub fn is_known_to_guest(&self) -> bool {
+        self.opening.is_none()
     }
 
     /// What the guest is to be sent next, if it can be sent now.
@@ -484,6 +496,20 @@ impl Connection {
                 }
             }
             Op::Reset | Op::Data | Op::CreditUpdate => {}
+        }
+    }
+
+    /// How many of the guest's buffers to offer to the next read: few for messages, many for a flood.
+    pub fn appetite(&self) -> usize {
+        self.appetite
+    }
+
+    /// A read used so many of the buffers it was offered.
+    pub fn ate(&mut self, used: usize, offered: usize) {
+        if used == offered {
+            self.appetite = (self.appetite * 2).min(MAX_APPETITE);
+        } else if used <= offered / 2 {
+            self.appetite = (self.appetite / 2).max(1);
         }
     }
 

@@ -16,7 +16,9 @@ pub const NO_SEND: u32 = 2;
 pub const HEADER_LEN: usize = size_of::<Header>();
 
 /// `struct virtio_vsock_hdr`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
 #[repr(C)]
 pub struct Header {
     /// Context id of the sender.
@@ -163,8 +165,7 @@ impl Header {
     /// The reset that answers a packet without a connection. A reset is never answered, or two peers could answer
     /// each other for ever; nor is a packet whose sender we cannot name.
     pub fn answer(&self, guest_cid: u32) -> Option<Reset> {
-        let answerable =
-            self.op.get() != Op::Reset as u16 && self.src_cid.get() == u64::from(guest_cid);
+        let answerable = self.op.get() != Op::Reset as u16 && self.src_cid.get() == u64::from(guest_cid);
         answerable.then(|| Reset { src_cid: self.dst_cid.get(), key: self.key(), kind: self.kind.get() })
     }
 
@@ -223,8 +224,8 @@ mod tests {
         header.buf_alloc = 0x1112_1314.into();
         header.fwd_cnt = 0x2122_2324.into();
         let bytes = [
-            3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 4, 0, 0, 9, 0, 0, 0, 1, 0, 5, 0, 4, 3,
-            2, 1, 0x14, 0x13, 0x12, 0x11, 0x24, 0x23, 0x22, 0x21,
+            3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 4, 0, 0, 9, 0, 0, 0, 1, 0, 5, 0,
+            4, 3, 2, 1, 0x14, 0x13, 0x12, 0x11, 0x24, 0x23, 0x22, 0x21,
         ];
         assert_eq!(header.as_bytes(), bytes);
         assert_eq!(Header::read_from_bytes(&bytes), Ok(header));

@@ -9,11 +9,10 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown, socketpair,
 };
-use rustix::time::Timespec;
 
 use super::table::Token;
 use crate::queue::Reader;
@@ -129,8 +128,8 @@ pub fn end_reading(socket: BorrowedFd<'_>) {
     // As above.
     let _ = shutdown(socket, Shutdown::Read);
     // Ends, as nothing can be added any more.
-    let mut scrap = [MaybeUninit::<u8>::uninit(); 4096];
-    while let Ok((_, 1..)) = rustix::io::retry_on_intr(|| recv(socket, &mut scrap[..], RecvFlags::empty())) {}
+    let mut scrap = [0; 4096];
+    while let Ok((1.., _)) = rustix::io::retry_on_intr(|| recv(socket, &mut scrap, RecvFlags::empty())) {}
 }
 
 #[cfg(test)]
