@@ -1,0 +1,397 @@
+//! One container: its files, its control group, its first process and its execs.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use agent_api::task::{CreateTaskRequest, ExecProcessRequest};
+use libcontainer::container::Container as LibContainer;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
+
+use crate::boot::{BUNDLES, CONTAINERS};
+use crate::cgroup::Cgroup;
+use crate::errors::TaskError;
+use crate::host::Host;
+use crate::launch::{self, LaunchError, Launched, chain};
+use crate::mounts::{self, Mounted};
+use crate::payload::Payload;
+use crate::process::{Phase, Process};
+use crate::reaper::{Exit, Reaper};
+use crate::stdio::{ChildEnds, Names, Wiring};
+use crate::{spec, sys};
+
+/// What containers share.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Where streams lead.
+    pub host: Host,
+    /// Who collects processes.
+    pub reaper: Arc<Reaper>,
+}
+
+/// A container that exists, whatever its processes do.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    guest: Guest,
+    cgroup: Cgroup,
+    filter: Option<LinuxSeccomp>,
+    /// Its first process.
+    pub init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    files: Files,
+}
+
+/// A process added to a container.
+#[derive(Debug)]
+pub struct Exec {
+    /// The process.
+    pub process: Arc<Process>,
+    plan: Mutex<Option<Plan>>,
+}
+
+/// What `Exec` announced and `Start` carries out.
+#[derive(Debug)]
+struct Plan {
+    spec: ProcessSpec,
+    wiring: Wiring,
+    file: PathBuf,
+}
+
+/// What a container leaves on the guest's file systems: gone with this.
+#[derive(Debug)]
+struct Files {
+    bundle: PathBuf,
+    state: PathBuf,
+    _root: Mounted,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for dir in [&self.bundle, &self.state] {
+            if dir.exists()
+                && let Err(error) = std::fs::remove_dir_all(dir)
+            {
+                log::warn!("{} stays: {error}", dir.display());
+            }
+        }
+    }
+}
+
+/// The process's side of its standard streams, on its way into the launcher.
+enum Ends {
+    Pipes(ChildEnds),
+    Console(PathBuf),
+}
+
+impl Container {
+    /// Makes the container up to the point where its program could start.
+    pub async fn create(guest: &Guest, request: &CreateTaskRequest) -> Result<Self, TaskError> {
+        let id = &request.id;
+        let names = Names {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let config = spec::container(request.options.as_ref(), id, names.terminal)?;
+        let root = config.spec.root().as_ref().expect("checked by `spec::container`").path().clone();
+        let wiring = Wiring::dial(&guest.host, &names).await?;
+        let files = Files {
+            bundle: Path::new(BUNDLES).join(id),
+            state: Path::new(CONTAINERS).join(id),
+            _root: mounts::make_all(&request.rootfs, &root)?,
+        };
+        std::fs::create_dir_all(&files.bundle)
+            .and_then(|()| spec::save(&config.spec, &files.bundle.join("config.json")))
+            .map_err(TaskError::io("write the bundle"))?;
+
+        let container = Self {
+            id: id.clone(),
+            guest: guest.clone(),
+            cgroup: Cgroup::of(id),
+            filter: config.spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
+            init: Arc::new(Process::planned(names)),
+            execs: Mutex::default(),
+            files,
+        };
+        let bundle = container.files.bundle.clone();
+        let at_exit = {
+            let cgroup = container.cgroup.clone();
+            // A container without a pid namespace of its own leaves children that the kernel does not kill.
+            move || {
+                if !config.own_pid_namespace
+                    && let Err(error) = cgroup.signal(libc::SIGKILL)
+                {
+                    log::warn!("children of a container stay: {error}");
+                }
+            }
+        };
+        let made = container
+            .launch(&container.init, wiring, (config.uid, config.gid), at_exit, move |builder| {
+                let builder = builder.with_executor(Payload::init());
+                let made = builder.as_init(&bundle).with_systemd(false).with_detach(true).build();
+                let pid = made.map_err(|error| chain(&error))?.pid();
+                pid.map(nix_pid).ok_or_else(|| "container has no process".to_owned())
+            })
+            .await;
+        if let Err(error) = made {
+            if let Err(error) = container.cgroup.remove().await {
+                log::warn!("cgroup of a container that could not be made stays: {error}");
+            }
+            return Err(error);
+        }
+        Ok(container)
+    }
+
+    /// Lets the container's program start.
+    pub fn start(&self) -> Result<u32, TaskError> {
+        match self.init.phase() {
+            Phase::Created => {}
+            phase => return Err(TaskError::State { what: "start", state: phase.name() }),
+        }
+        LibContainer::load(self.files.state.clone())
+            .and_then(|mut container| container.start())
+            .map_err(|error| LaunchError::Refused(chain(&error)))?;
+        self.init.mark_started();
+        Ok(self.init.pid())
+    }
+
+    /// Announces an exec.
+    pub async fn add_exec(&self, request: &ExecProcessRequest) -> Result<(), TaskError> {
+        spec::check_id(&request.exec_id)?;
+        match self.init.phase() {
+            Phase::Running => {}
+            phase => return Err(TaskError::State { what: "exec", state: phase.name() }),
+        }
+        let names = Names {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let spec = spec::process(request.spec.as_ref(), names.terminal)?;
+        let exec = Arc::new(Exec { process: Arc::new(Process::planned(names)), plan: Mutex::default() });
+        match self.execs().entry(request.exec_id.clone()) {
+            Entry::Occupied(_) => return Err(TaskError::Exists(request.exec_id.clone())),
+            Entry::Vacant(entry) => entry.insert(exec.clone()),
+        };
+        match Wiring::dial(&self.guest.host, &exec.process.names).await {
+            Ok(wiring) => {
+                let file = self.files.bundle.join(format!("exec-{}.json", request.exec_id));
+                *exec.plan() = Some(Plan { spec, wiring, file });
+                Ok(())
+            }
+            Err(error) => {
+                self.execs().remove(&request.exec_id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Makes an announced exec.
+    pub async fn start_exec(&self, exec_id: &str) -> Result<u32, TaskError> {
+        let exec = self.exec(exec_id)?;
+        let plan = exec.plan().take();
+        let Some(Plan { mut spec, wiring, file }) = plan else {
+            return Err(TaskError::State { what: "start", state: exec.process.phase().name() });
+        };
+        let payload = Payload::exec(self.filter.clone(), &mut spec);
+        let owner = (spec.user().uid(), spec.user().gid());
+        let written = spec::save(&spec, &file).map_err(TaskError::io("write the exec's process"));
+        let made = match written {
+            Ok(()) => {
+                let file = file.clone();
+                self.launch(
+                    &exec.process,
+                    wiring,
+                    owner,
+                    || {},
+                    move |builder| {
+                        let builder = builder.with_executor(payload);
+                        let made = builder.as_tenant().with_detach(true).with_process(Some(file)).build();
+                        made.map(nix_pid).map_err(|error| chain(&error))
+                    },
+                )
+                .await
+            }
+            Err(error) => Err(error),
+        };
+        // The library has read it, or nobody will.
+        let _ = std::fs::remove_file(&file);
+        match made {
+            Ok(()) => {
+                exec.process.mark_started();
+                Ok(exec.process.pid())
+            }
+            Err(error) => {
+                exec.process.failed();
+                Err(error)
+            }
+        }
+    }
+
+    /// The process that a request means: an exec's by its id, the first by "".
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
+        if exec_id.is_empty() { Ok(self.init.clone()) } else { Ok(self.exec(exec_id)?.process.clone()) }
+    }
+
+    /// Sends a signal to one process or to all of the container's.
+    pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
+        if !all {
+            return self.process(exec_id)?.signal(signal);
+        }
+        let number = crate::process::signal_number(signal)?;
+        self.cgroup.signal(number).map_err(TaskError::io("signal the container's processes"))
+    }
+
+    /// Every process in the container.
+    pub fn pids(&self) -> Result<Vec<i32>, TaskError> {
+        self.cgroup.pids().map_err(TaskError::io("read the container's control group"))
+    }
+
+    /// Forgets an exec that does not run.
+    pub fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
+        let exec = self.exec(exec_id)?;
+        let exit = match exec.process.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Created if exec.plan().take().is_some() => {
+                exec.process.failed();
+                never_started()
+            }
+            phase => return Err(TaskError::State { what: "delete", state: phase.name() }),
+        };
+        self.execs().remove(exec_id);
+        Ok((exec.process.pid(), exit))
+    }
+
+    /// Removes everything of the container but its files, which go with the object. A container that was never
+    /// started is killed first.
+    pub async fn delete(&self) -> Result<(u32, Exit), TaskError> {
+        let exit = match self.init.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Created => {
+                self.init.signal(libc::SIGKILL.cast_unsigned())?;
+                self.init.wait().await
+            }
+            phase @ Phase::Running => {
+                return Err(TaskError::State { what: "delete", state: phase.name() });
+            }
+        };
+        self.cgroup.remove().await.map_err(TaskError::io("remove the container's control group"))?;
+        Ok((self.init.pid(), exit))
+    }
+
+    /// Where its configuration is, for `State`.
+    pub fn bundle(&self) -> &Path {
+        &self.files.bundle
+    }
+
+    async fn launch(
+        &self,
+        process: &Process,
+        wiring: Wiring,
+        (uid, gid): (u32, u32),
+        at_exit: impl FnOnce() + Send + 'static,
+        build: impl FnOnce(ContainerBuilder) -> Result<i32, String> + Send,
+    ) -> Result<(), TaskError> {
+        let id = self.id.clone();
+        let reaper = &self.guest.reaper;
+        if process.names.terminal {
+            let console = Console::listen().map_err(TaskError::io("listen for the terminal"))?;
+            let ends = Ends::Console(console.path.clone());
+            let Launched { pid, launching } =
+                launch::run(reaper, &[], move || build(builder(id, ends)?)).await?;
+            let exit = reaper.watch(pid);
+            drop(launching);
+            let master = console.receive().map_err(TaskError::io("receive the terminal"))?;
+            let flow = wiring.terminal(master, uid, &exit)?;
+            process.launched(pid, exit, flow, at_exit);
+        } else {
+            let (ends, pipes) = wiring.pipes(uid, gid)?;
+            let keep = [&ends.stdin, &ends.stdout, &ends.stderr].map(AsRawFd::as_raw_fd);
+            let ends = Ends::Pipes(ends);
+            let Launched { pid, launching } =
+                launch::run(reaper, &keep, move || build(builder(id, ends)?)).await?;
+            let exit = reaper.watch(pid);
+            drop(launching);
+            let flow = pipes.run(&exit);
+            process.launched(pid, exit, flow, at_exit);
+        }
+        Ok(())
+    }
+
+    fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {
+        self.execs()
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| TaskError::NoExec { container: self.id.clone(), exec: exec_id.to_owned() })
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+        self.execs.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+impl Exec {
+    fn plan(&self) -> MutexGuard<'_, Option<Plan>> {
+        self.plan.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+/// A socket on which the library hands over the master of the terminal that it makes inside the container.
+struct Console {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl Console {
+    fn listen() -> std::io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = Path::new(BUNDLES).join(format!(".console-{number}"));
+        let listener = UnixListener::bind(&path)?;
+        // The launcher sends before it reports success, so there is never anything to wait for.
+        listener.set_nonblocking(true)?;
+        Ok(Self { path, listener })
+    }
+
+    fn receive(&self) -> std::io::Result<OwnedFd> {
+        let (connection, _) = self.listener.accept()?;
+        sys::receive_fd(connection.as_fd())
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // Made above; the worst that a failure leaves is a file in a tmpfs.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn builder(id: String, ends: Ends) -> Result<ContainerBuilder, String> {
+    let builder = ContainerBuilder::new(id, SyscallType::default())
+        .with_root_path(CONTAINERS)
+        .map_err(|error| chain(&error))?;
+    Ok(match ends {
+        Ends::Console(path) => builder.with_console_socket(Some(path)),
+        Ends::Pipes(ChildEnds { stdin, stdout, stderr }) => {
+            builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr)
+        }
+    })
+}
+
+/// The library has its own, older `nix`.
+fn nix_pid(pid: impl Into<i32>) -> i32 {
+    pid.into()
+}
+
+fn never_started() -> Exit {
+    Exit { status: 0, at: std::time::SystemTime::now() }
+}

@@ -1,0 +1,127 @@
+//! Mounts: the guest's own, and those that a Create request wants made under its container's root.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use agent_api::task::Mount;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// What could not be mounted.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot mount {source_name:?} of type {kind:?} on {target} with options {options:?}")]
+pub struct MountError {
+    source_name: String,
+    kind: String,
+    target: String,
+    options: String,
+    #[source]
+    cause: io::Error,
+}
+
+/// Mounts that go when this does, last first.
+#[derive(Debug, Default)]
+pub struct Mounted(Vec<PathBuf>);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        for target in self.0.iter().rev() {
+            // Lazily: the last user may be about to leave.
+            if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
+                log::warn!("{} stays mounted: {error}", target.display());
+            }
+        }
+    }
+}
+
+/// Makes the mounts of a request, in order. One without a target is for `root`.
+pub fn make_all(mounts: &[Mount], root: &Path) -> Result<Mounted, MountError> {
+    let mut made = Mounted::default();
+    for wanted in mounts {
+        let target = match wanted.target.as_str() {
+            "" => root.to_owned(),
+            target if target.starts_with('/') => PathBuf::from(target),
+            target => root.join(target),
+        };
+        make(&wanted.source, &target, &wanted.type_, &wanted.options)?;
+        made.0.push(target);
+    }
+    Ok(made)
+}
+
+/// Mounts with options as fstab(5) has them, making the mount point if needed. Without `kind`, a bind mount.
+pub fn make(source: &str, target: &Path, kind: &str, options: &[String]) -> Result<(), MountError> {
+    let (flags, data) = parse(options);
+    let kind = if kind == "bind" { "" } else { kind };
+    let attempt = || -> io::Result<()> {
+        std::fs::create_dir_all(target)?;
+        let bind = kind.is_empty() || flags.contains(MsFlags::MS_BIND);
+        let flags = if bind { flags | MsFlags::MS_BIND } else { flags };
+        let kind = Some(kind).filter(|kind| !kind.is_empty());
+        mount(Some(source), target, kind, flags, Some(data.as_str()).filter(|data| !data.is_empty()))?;
+        // The kernel takes a bind's other flags only in a second step (mount(2), "Creating a bind mount").
+        if bind && flags.intersects(!(MsFlags::MS_BIND | MsFlags::MS_REC)) {
+            let flags = flags | MsFlags::MS_REMOUNT;
+            mount(None::<&str>, target, None::<&str>, flags, None::<&str>)?;
+        }
+        Ok(())
+    };
+    attempt().map_err(|cause| MountError {
+        source_name: source.to_owned(),
+        kind: kind.to_owned(),
+        target: target.display().to_string(),
+        options: options.join(","),
+        cause,
+    })
+}
+
+fn parse(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags &= !MsFlags::MS_RDONLY,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "dirsync" => flags |= MsFlags::MS_DIRSYNC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "strictatime" => flags |= MsFlags::MS_STRICTATIME,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "defaults" | "suid" | "dev" | "exec" | "async" | "atime" | "" => {}
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(text: &str) -> Vec<String> {
+        text.split(',').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart() {
+        let (flags, data) = parse(&options("ro,nosuid,lowerdir=/a:/b,index=off,defaults"));
+        assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
+        assert_eq!(data, "lowerdir=/a:/b,index=off");
+        let (flags, data) = parse(&options("rbind,ro,rw"));
+        assert_eq!((flags, data.as_str()), (MsFlags::MS_BIND | MsFlags::MS_REC, ""));
+    }
+
+    #[test]
+    fn error_says_what_was_tried() {
+        let error = make("ctvm", Path::new("/dev/null/x"), "virtiofs", &options("ro")).unwrap_err();
+        let text = crate::launch::chain(&error);
+        for part in ["\"ctvm\"", "\"virtiofs\"", "/dev/null/x", "\"ro\"", "Not a directory"] {
+            assert!(text.contains(part), "{part} not in {text}");
+        }
+    }
+}

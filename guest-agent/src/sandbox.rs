@@ -1,0 +1,161 @@
+//! The Sandbox service: the guest as a whole.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use agent_api::sandbox::{
+    InfoRequest, InfoResponse, Sandbox, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+};
+use agent_api::ttrpc::r#async::TtrpcContext;
+use agent_api::ttrpc::{self, Code};
+use async_trait::async_trait;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use tokio::sync::Notify;
+
+use crate::boot::Timeline;
+use crate::launch::chain;
+use crate::tasks::Tasks;
+use crate::{log_stream, mounts, sys};
+
+/// How long the answer to Shutdown may take on its way before the machine goes.
+const FAREWELL: Duration = Duration::from_millis(50);
+
+/// The guest.
+#[derive(Debug)]
+pub struct GuestSandbox {
+    /// When it started.
+    pub timeline: Timeline,
+    /// Its containers.
+    pub tasks: Arc<Tasks>,
+    /// Told when the machine shall go.
+    pub farewell: Arc<Notify>,
+    kernel_log: AtomicBool,
+}
+
+/// What Setup could not do.
+#[derive(Debug, thiserror::Error)]
+enum SetupError {
+    #[error("cannot set the host name {name:?}")]
+    Hostname { name: String, source: io::Error },
+    #[error("cannot set the clock to {ns} ns")]
+    Clock { ns: u64, source: io::Error },
+    #[error("cannot add entropy")]
+    Entropy(#[source] io::Error),
+    #[error(transparent)]
+    Share(#[from] mounts::MountError),
+}
+
+impl GuestSandbox {
+    /// A guest that has just started.
+    pub fn new(timeline: Timeline, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
+        Self { timeline, tasks, farewell, kernel_log: AtomicBool::new(false) }
+    }
+
+    fn apply(request: &SetupRequest) -> Result<(), SetupError> {
+        if !request.entropy.is_empty() {
+            std::fs::File::open("/dev/random")
+                .and_then(|random| sys::add_entropy(std::os::fd::AsFd::as_fd(&random), &request.entropy))
+                .map_err(SetupError::Entropy)?;
+        }
+        if request.realtime_ns != 0 {
+            let now = TimeSpec::from_duration(Duration::from_nanos(request.realtime_ns));
+            clock_settime(ClockId::CLOCK_REALTIME, now)
+                .map_err(|errno| SetupError::Clock { ns: request.realtime_ns, source: errno.into() })?;
+        }
+        if !request.hostname.is_empty() {
+            nix::unistd::sethostname(&request.hostname).map_err(|errno| SetupError::Hostname {
+                name: request.hostname.clone(),
+                source: errno.into(),
+            })?;
+        }
+        if !request.share_tag.is_empty() && !is_mount_point(Path::new(agent_api::SHARE_PATH)) {
+            mounts::make(&request.share_tag, Path::new(agent_api::SHARE_PATH), "virtiofs", &[])?;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Sandbox for GuestSandbox {
+    async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        Self::apply(&request)
+            .map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, chain(&error))))?;
+        // Not earlier: at boot there is nothing in it that is worth the time.
+        if !self.kernel_log.swap(true, Ordering::Relaxed) {
+            tokio::spawn(log_stream::run_kernel());
+        }
+        Ok(SetupResponse {
+            kernel_release: kernel_release(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_us: self.timeline.started_us,
+            ready_us: self.timeline.ready_us,
+            ..Default::default()
+        })
+    }
+
+    async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let own = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let cpus =
+            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+        Ok(InfoResponse {
+            kernel_release: kernel_release(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_us: self.timeline.started_us,
+            ready_us: self.timeline.ready_us,
+            containers: u32::try_from(self.tasks.count()).unwrap_or(u32::MAX),
+            memory_total_kib: field(&memory, "MemTotal"),
+            memory_available_kib: field(&memory, "MemAvailable"),
+            agent_rss_kib: field(&own, "VmRSS"),
+            agent_threads: u32::try_from(field(&own, "Threads")).unwrap_or(u32::MAX),
+            cpus,
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
+        log::info!("shutting down on request");
+        let farewell = self.farewell.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(FAREWELL).await;
+            farewell.notify_one();
+        });
+        Ok(ShutdownResponse::new())
+    }
+}
+
+fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned())
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    let wanted = path.to_string_lossy();
+    std::fs::read_to_string("/proc/self/mounts")
+        .is_ok_and(|mounts| mounts.lines().any(|line| line.split(' ').nth(1) == Some(&*wanted)))
+}
+
+/// The number in a line `<name>: <number> …` of a proc file.
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proc_fields_are_found_by_whole_name() {
+        let text = "MemTotalX: 1 kB\nMemTotal:     123456 kB\nThreads:\t1\n";
+        assert_eq!(field(text, "MemTotal"), 123_456);
+        assert_eq!(field(text, "Threads"), 1);
+        assert_eq!(field(text, "Mem"), 0);
+    }
+}
