@@ -170,7 +170,7 @@ fn start_qemu() -> Result<Started> {
     let listener = listen_vsock(READY_PORT)?;
     let (console, output) = std::io::pipe()?;
     let mut command = Command::new("qemu-system-x86_64");
-    let machine = "microvm,accel=kvm,acpi=off,option-roms=off,rtc=off,pit=off,pic=off,isa-serial=off,auto-kernel-cmdline=on";
+    let machine = "microvm,accel=kvm,acpi=off,x-option-roms=off,rtc=off,pit=off,pic=off,isa-serial=off,auto-kernel-cmdline=on";
     command
         .args(["-M", machine, "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
         .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", CMDLINE])
