@@ -6,14 +6,18 @@
 //! Everything a guest writes is checked at the door ([`queue`]); a device answers nonsense with a status, a
 //! counter and a rate-limited line, never with a panic.
 
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod irq;
 pub mod mmio;
 pub mod queue;
 pub mod rate;
+pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
+pub mod work;
 
 /// Guest memory as every device sees it. Clones share the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;

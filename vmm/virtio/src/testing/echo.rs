@@ -6,13 +6,13 @@ use super::contract::Fixture;
 use super::{Buffer, Guest};
 use crate::device::{ActivateError, Activation, VirtioDevice};
 use crate::queue::QueueState;
+use crate::work::Work;
 
 /// Copies the readable part of each chain to its writable part, as far as it has room. Refuses to be activated with
 /// the feature [`Echo::REFUSE`].
 #[derive(Debug, Default)]
 pub struct Echo {
-    active: Option<Activation>,
-    paused: bool,
+    work: Work,
     config: [u8; 8],
     answered: u64,
 }
@@ -28,7 +28,7 @@ impl Echo {
     pub const REFUSE: u64 = 1 << 3;
 
     fn serve(&mut self, index: usize) {
-        let Some(active) = &mut self.active else { return };
+        let Some(active) = self.work.running() else { return };
         let Some(queue) = active.queues.get_mut(index) else { return };
         while let Some(chain) = queue.pop(&active.memory) {
             let head = chain.head();
@@ -72,29 +72,27 @@ impl VirtioDevice for Echo {
         if activation.features & Self::REFUSE != 0 && activation.features & 1 == 0 {
             return Err(ActivateError { device: Self::NAME, reason: "asked to refuse".into() });
         }
-        self.active = Some(activation);
+        self.work.begin(activation);
         Ok(())
     }
 
     fn on_queue(&mut self, index: usize) {
-        if !self.paused {
-            self.serve(index);
-        }
+        self.serve(index);
     }
 
     fn pause(&mut self) {
-        self.paused = true;
+        self.work.pause();
     }
 
     fn resume(&mut self) {
-        self.paused = false;
-        for index in 0..self.queue_sizes().len() {
+        self.work.resume();
+        for index in 0..self.work.queue_count() {
             self.serve(index);
         }
     }
 
     fn queues(&self) -> Vec<QueueState> {
-        self.active.iter().flat_map(|active| &active.queues).map(crate::queue::Queue::state).collect()
+        self.work.queues()
     }
 
     fn save(&self) -> EchoState {
@@ -103,14 +101,12 @@ impl VirtioDevice for Echo {
 
     fn restore(&mut self, state: &EchoState, activation: Option<Activation>) -> Result<(), ActivateError> {
         self.config = state.config;
-        self.active = activation;
-        self.paused = true;
+        self.work.restore(activation);
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.active = None;
-        self.paused = false;
+        self.work.reset();
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
