@@ -1,0 +1,109 @@
+//! Extended attributes that mean the same on both sides.
+//!
+//! | name | | why |
+//! | --- | --- | --- |
+//! | `user.*` | yes | data |
+//! | `security.capability` | yes | packages ship programs with file capabilities; the guest's kernel honours them |
+//! | other `security.*` | no | labels of the host's policy (SELinux, IMA), not of the guest's |
+//! | `trusted.*` | no | the host's overlayfs would follow `trusted.overlay.*` that a guest wrote into a layer |
+//! | `system.posix_acl_*` | no | the guest's kernel would store access lists and not enforce them |
+//!
+//! What is refused fails with `EOPNOTSUPP`, as on a file system without such attributes, and is not listed.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{FileType, OFlags, XattrFlags};
+use rustix::io::Errno;
+
+use super::{ROOT, Result, Share};
+
+/// Largest value (`XATTR_SIZE_MAX`) and list (`XATTR_LIST_MAX`).
+const MAX: usize = 65_536;
+
+fn is_shown(name: &[u8]) -> bool {
+    name == b"security.capability" || (name.starts_with(b"user.") && name.len() > 5)
+}
+
+fn check(name: &CStr) -> Result<&CStr> {
+    if is_shown(name.to_bytes()) { Ok(name) } else { Err(Errno::OPNOTSUPP) }
+}
+
+impl Share {
+    /// The value of an attribute.
+    pub fn xattr(&self, node: u64, name: &CStr) -> Result<Vec<u8>> {
+        let name = check(name)?;
+        let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
+        grow(rustix::fs::fgetxattr_query(&file, name)?, |value| rustix::fs::fgetxattr(&file, name, value))
+    }
+
+    /// Names of the attributes shown, each with a NUL behind it.
+    pub fn xattrs(&self, node: u64) -> Result<Vec<u8>> {
+        let Some(file) = self.attribute_holder(node)? else { return Ok(Vec::new()) };
+        let names = grow(rustix::fs::flistxattr_query(&file)?, |names| rustix::fs::flistxattr(&file, names))?;
+        let shown = names.split_inclusive(|&byte| byte == 0).filter(|name| is_shown(&name[..name.len() - 1]));
+        Ok(shown.flatten().copied().collect())
+    }
+
+    /// Sets an attribute; `flags` as in setxattr(2).
+    pub fn set_xattr(&self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
+        self.writable(node)?;
+        let name = check(name)?;
+        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let file = self.attribute_holder(node)?.ok_or(Errno::PERM)?;
+        rustix::fs::fsetxattr(&file, name, value, flags)
+    }
+
+    /// Removes an attribute.
+    pub fn remove_xattr(&self, node: u64, name: &CStr) -> Result<()> {
+        self.writable(node)?;
+        let name = check(name)?;
+        let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
+        rustix::fs::fremovexattr(&file, name)
+    }
+
+    /// The node, opened, as attributes cannot be read through `O_PATH`. `None` for what cannot have attributes that
+    /// are shown: only files and directories can.
+    fn attribute_holder(&self, node: u64) -> Result<Option<OwnedFd>> {
+        if node == ROOT {
+            return Ok(None);
+        }
+        let node = self.nodes.get(node)?;
+        match node.kind {
+            FileType::RegularFile | FileType::Directory => self.reopen(&*node, OFlags::RDONLY).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Reads what has been said to be `len` bytes long, and may have become longer meanwhile.
+fn grow(mut len: usize, read: impl Fn(&mut [u8]) -> Result<usize>) -> Result<Vec<u8>> {
+    loop {
+        let mut bytes = vec![0; len.clamp(1, MAX)];
+        match read(&mut bytes) {
+            Ok(got) => {
+                bytes.truncate(got);
+                return Ok(bytes);
+            }
+            Err(Errno::RANGE) if len < MAX => len = MAX,
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown() {
+        for name in ["user.x", "user.overlay.opaque", "security.capability"] {
+            assert!(is_shown(name.as_bytes()), "{name}");
+        }
+        let hidden =
+            ["", "user.", "user", "security.selinux", "security.capability2", "trusted.overlay.redirect"];
+        for name in hidden.iter().chain(&["system.posix_acl_access", "USER.x"]) {
+            assert!(!is_shown(name.as_bytes()), "{name}");
+        }
+    }
+}
