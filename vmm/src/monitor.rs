@@ -1,23 +1,27 @@
 //! The main loop: one thread owns the control socket, the VM and its devices, and carries out one thing at a time.
 //!
 //! ```text
-//! control socket ──> Op ── legal? (vm::lifecycle) ──> Vm ──> reply
+//! control socket ──> Op ── legal? (vm::lifecycle) ──> Vm ──> reply, now or when the guest has answered
+//! queues, backends ──> devices ──> Event
 //! vCPU threads   ──> the guest ended ──> ExitReason
 //! ```
 
+mod operations;
+
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use vmm_api::{ApiError, ErrorCode, Event, ExitReason, Op, Reply, Request, Stats, Timeline, VmConfig};
+use virtio::vsock::VsockEvent;
+use vmm_api::{ApiError, ErrorCode, Event, ExitReason, FdIndex, Op, Reply, Request, Timeline};
 
-use crate::clock::monotonic_us;
-use crate::config::{ConfigError, ValidConfig};
 use crate::control::{Control, Incoming};
+use crate::dials::Dials;
+use crate::error::Coded;
 use crate::event_loop::{EventLoop, Interest, Token};
 use crate::kvm::{Kvm, KvmError};
 use crate::vcpu::End;
 use crate::vm::Vm;
-use crate::vm::builder::{self, VmError};
+use crate::vm::builder::VmError;
 use crate::vm::lifecycle::{self, Permit, State};
 
 /// How long the owner may take over the last packets.
@@ -26,7 +30,7 @@ const LAST_PACKETS: Duration = Duration::from_secs(1);
 /// What ended the main loop.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The VM came to its end.
+    /// The VM, or its lease, came to its end.
     Ended(ExitReason),
     /// The owner left before there was a VM, after this was in its way.
     NeverStarted(VmError),
@@ -41,14 +45,15 @@ pub struct Monitor {
     state: State,
     vm: Option<Vm>,
     timeline: Timeline,
+    dials: Dials,
     /// Why the last `Configure` failed.
     refused: Option<VmError>,
 }
 
-type Answer = Result<(Reply, Vec<OwnedFd>), ApiError>;
-
-fn done() -> Answer {
-    Ok((Reply::Done, vec![]))
+/// How an operation ended, or that it ends later.
+enum Answer {
+    Now(Reply),
+    Later,
 }
 
 impl Monitor {
@@ -57,8 +62,16 @@ impl Monitor {
         let control = Control::new(socket)?;
         let events = EventLoop::new()?;
         events.add(&control, Token::Control)?;
-        let timeline = Timeline { main_us, ..Timeline::default() };
-        Ok(Monitor { control, events, kvm, state: State::Created, vm: None, timeline, refused: None })
+        Ok(Monitor {
+            control,
+            events,
+            kvm,
+            state: State::Created,
+            vm: None,
+            timeline: Timeline { main_us, ..Timeline::default() },
+            dials: Dials::default(),
+            refused: None,
+        })
     }
 
     /// Serves until the VM is at its end, and says so to the owner.
@@ -74,19 +87,19 @@ impl Monitor {
     }
 
     fn serve(&mut self) -> ExitReason {
-        let mut clogged = false;
+        let mut waits_for_room = false;
         loop {
             if self.control.is_closed() {
                 return ExitReason::LeaseLost;
             }
-            if self.control.is_clogged() != clogged {
-                clogged = !clogged;
-                let interest = if clogged { Interest::Write } else { Interest::Read };
+            if self.control.is_clogged() != waits_for_room {
+                waits_for_room = !waits_for_room;
+                let interest = if waits_for_room { Interest::Write } else { Interest::Read };
                 if let Err(e) = self.events.change(&self.control, Token::Control, interest) {
                     return ExitReason::Internal { detail: format!("wait for the control socket: {e}") };
                 }
             }
-            let ready = match self.events.wait(None) {
+            let ready = match self.events.wait(self.dials.next_timeout(Instant::now())) {
                 Ok(ready) => ready,
                 Err(e) => return ExitReason::Internal { detail: format!("epoll_wait: {e}") },
             };
@@ -95,6 +108,8 @@ impl Monitor {
                     return reason;
                 }
             }
+            self.expire_dials();
+            self.relay_connections();
         }
     }
 
@@ -106,8 +121,17 @@ impl Monitor {
             }
             Token::Control => self.take_request(),
             Token::GuestEnd => self.guest_end(),
-            Token::DeviceStatus | Token::Queue { .. } | Token::Backend { .. } => None,
+            Token::DeviceStatus => self.with_devices(|devices| devices.on_status()),
+            Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
+            Token::Backend { slot } => self.with_devices(|devices| devices.on_backend(slot)),
         }
+    }
+
+    fn with_devices(&self, work: impl FnOnce(&crate::devices::Devices)) -> Option<ExitReason> {
+        if let Some(vm) = &self.vm {
+            work(vm.devices());
+        }
+        None
     }
 
     fn take_request(&mut self) -> Option<ExitReason> {
@@ -118,134 +142,94 @@ impl Monitor {
         }
     }
 
-    /// Carries out a request that is legal now, and answers it, here or later.
+    /// Carries out a request if it is legal now. It is answered here, or, where the guest has a say, later.
     fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>) -> Option<ExitReason> {
         let Request { id, op } = request;
-        let name = lifecycle::name(&op);
-        log::debug!("{name} with {} descriptors", fds.len());
-        let next = match lifecycle::permit(self.state, &op) {
-            Ok(Permit::Go(next)) => next,
-            Ok(Permit::Already) => {
-                self.control.reply(id, done());
-                return None;
-            }
-            Err(denied) => {
-                self.control.reply(id, Err(ApiError::new(ErrorCode::FailedPrecondition, &denied)));
-                return None;
+        log::debug!("request {id}: {} with {} descriptors", lifecycle::name(&op), fds.len());
+        let shutdown = matches!(op, Op::Shutdown);
+        let answer = match lifecycle::permit(self.state, &op) {
+            Err(denied) => Err(denied.to_api()),
+            Ok(Permit::Already) => Ok(Answer::Now(Reply::Done)),
+            Ok(Permit::Go(next)) => {
+                let answer = self.perform(id, op, fds);
+                if answer.is_ok() {
+                    self.state = next;
+                }
+                answer
             }
         };
-        let shutdown = matches!(op, Op::Shutdown);
-        let answer = self.perform(op, fds);
-        if answer.is_ok() {
-            self.state = next;
+        match answer {
+            Ok(Answer::Now(reply)) => self.control.reply(id, Ok((reply, vec![]))),
+            Ok(Answer::Later) => {}
+            Err(error) => self.control.reply(id, Err(error)),
         }
-        self.control.reply(id, answer);
         shutdown.then_some(ExitReason::Shutdown)
     }
 
-    fn perform(&mut self, op: Op, fds: Vec<OwnedFd>) -> Answer {
-        match op {
-            Op::Configure(config) => self.configure(*config, fds),
-            Op::Boot => self.boot(),
-            Op::Pause => self.vm().pause().map_err(api_error).and_then(|()| done()),
-            Op::Resume => {
-                self.vm().resume();
-                done()
-            }
-            Op::Stats => Ok((Reply::Stats(Box::new(self.stats())), vec![])),
-            Op::Shutdown => done(),
-            Op::Attach { .. } | Op::FsMount { .. } | Op::FsUnmount { .. } | Op::VsockConnect { .. } => {
-                Err(ApiError::msg(ErrorCode::FailedPrecondition, "no such device"))
+    /// Tells the owner of connections. While it does not read, the device keeps them, and holds back the guest.
+    fn relay_connections(&mut self) {
+        if self.control.is_clogged() {
+            return;
+        }
+        let events = self.vm.as_ref().map(|vm| vm.devices().take_vsock_events()).unwrap_or_default();
+        for event in events {
+            match event {
+                VsockEvent::Accepted { port, guest_port, socket } => {
+                    let event = Event::VsockAccepted { port, guest_port, socket: FdIndex(0) };
+                    self.control.event(event, vec![socket]);
+                }
+                VsockEvent::Connected { request: dial, socket } => {
+                    if let Some(id) = self.dials.end(dial) {
+                        self.control.reply(id, Ok((Reply::Connected { socket: FdIndex(0) }, vec![socket])));
+                    }
+                }
+                VsockEvent::Refused { request: dial, reason } => {
+                    if let Some(id) = self.dials.end(dial) {
+                        self.control.reply(id, Err(reason.to_api()));
+                    }
+                }
             }
         }
     }
 
-    fn vm(&mut self) -> &mut Vm {
-        self.vm.as_mut().expect("the lifecycle lets nothing through before there is one")
-    }
-
-    fn configure(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Answer {
-        self.timeline.configure_us = monotonic_us();
-        match self.build(config, fds) {
-            Ok(vm) => {
-                self.vm = Some(vm);
-                self.refused = None;
-                done()
+    fn expire_dials(&mut self) {
+        for (dial, id, timeout) in self.dials.expire(Instant::now()) {
+            if let Some(mut vsock) = self.vm.as_ref().and_then(|vm| vm.devices().vsock()) {
+                // False if the answer came just now: its event finds no dial, and its socket is closed.
+                vsock.device_mut().cancel(dial);
             }
-            Err(error) => {
-                let answer = api_error_of(&error);
-                self.refused = Some(error);
-                Err(answer)
-            }
+            let late = format!("the guest did not answer within {} ms", timeout.as_millis());
+            self.control.reply(id, Err(ApiError::msg(ErrorCode::DeadlineExceeded, late)));
         }
-    }
-
-    fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
-        let config = ValidConfig::check(config, fds)?;
-        let kvm = match &mut self.kvm {
-            Ok(kvm) => kvm,
-            Err(error) => return Err(VmError::NoKvm(error.to_string())),
-        };
-        let timeline = &mut self.timeline;
-        let vm = builder::build(kvm, config, || timeline.kvm_ready_us = monotonic_us())?;
-        self.events
-            .add(vm.ends().event(), Token::GuestEnd)
-            .map_err(builder::host("wait for the guest's end"))?;
-        Ok(vm)
-    }
-
-    fn boot(&mut self) -> Answer {
-        self.vm().prepare().map_err(api_error)?;
-        self.timeline.loaded_us = monotonic_us();
-        self.timeline.running_us = monotonic_us();
-        self.vm().run();
-        Ok((Reply::Booted { timeline: self.timeline }, vec![]))
-    }
-
-    fn stats(&self) -> Stats {
-        let mut stats =
-            Stats { state: self.state.name().to_owned(), timeline: self.timeline, ..Stats::default() };
-        if let Some(vm) = &self.vm {
-            for (kind, count) in vm.vcpus().exit_counts().flatten() {
-                *stats.exits.entry(kind.to_owned()).or_default() += count;
-            }
-        }
-        stats
     }
 
     fn guest_end(&mut self) -> Option<ExitReason> {
-        let vm = self.vm.as_mut()?;
-        Some(match vm.ends().get()?.clone() {
+        let last_words = String::new();
+        Some(match self.vm.as_ref()?.ends().get()?.clone() {
             End::Reset => ExitReason::GuestReset,
-            End::Failed { vcpu, detail } => {
-                ExitReason::VcpuFailed { vcpu, detail, last_words: String::new() }
-            }
+            End::Failed { vcpu, detail } => ExitReason::VcpuFailed { vcpu, detail, last_words },
+            End::ThreadDied { name } => ExitReason::Internal { detail: format!("thread {name} died") },
         })
     }
 
-    /// Stops what runs. The reason may become a worse one.
+    /// Stops what runs, answers what is open. The reason may become a truer one.
     fn end(&mut self, reason: ExitReason) -> ExitReason {
         self.state = State::Stopped;
-        if let Some(vm) = &mut self.vm
-            && let Err(e) = vm.stop()
-        {
+        for id in self.dials.end_all() {
+            self.control.reply(id, Err(ApiError::msg(ErrorCode::Unavailable, "the VM has ended")));
+        }
+        let Some(vm) = &mut self.vm else { return reason };
+        if let Err(e) = vm.stop() {
+            log::error!("{e}");
             return ExitReason::Internal { detail: e.to_string() };
         }
-        reason
+        let (words, panicked) = vm.devices().last_words().unwrap_or_default();
+        match reason {
+            ExitReason::GuestReset if panicked => ExitReason::GuestPanic { last_words: words },
+            ExitReason::VcpuFailed { vcpu, detail, .. } => {
+                ExitReason::VcpuFailed { vcpu, detail, last_words: words }
+            }
+            other => other,
+        }
     }
-}
-
-fn api_error(error: VmError) -> ApiError {
-    api_error_of(&error)
-}
-
-/// The one table from our errors to codes.
-fn api_error_of(error: &VmError) -> ApiError {
-    let code = match error {
-        VmError::Config(ConfigError::Version(_)) | VmError::NoKvm(_) => ErrorCode::FailedPrecondition,
-        VmError::Config(_) | VmError::Kernel(_) => ErrorCode::InvalidArgument,
-        VmError::Memory(_) => ErrorCode::ResourceExhausted,
-        _ => ErrorCode::Internal,
-    };
-    ApiError::new(code, error)
 }

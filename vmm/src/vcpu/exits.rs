@@ -21,6 +21,11 @@ pub enum End {
         /// Why, and where the guest was.
         detail: String,
     },
+    /// A thread of a device is gone, and the device with it.
+    ThreadDied {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// Where whoever sees the guest end says so. The first end counts; the main thread waits on the event.

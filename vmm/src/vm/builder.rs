@@ -13,6 +13,8 @@ use crate::arch::x86_64::kernel::{self, Kernel, KernelError};
 use crate::arch::x86_64::{layout, msr, regs};
 use crate::bus::{Bus, Overlap};
 use crate::config::{ConfigError, ValidConfig};
+use crate::devices::{DeviceError, Devices, Host};
+use crate::event_loop::{EventLoop, Token};
 use crate::kvm::{self, Kvm, KvmError, KvmVcpu, KvmVm};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::Serial;
@@ -41,6 +43,12 @@ pub enum VmError {
     /// vCPU threads.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A system call filter.
+    #[error("confine the main thread")]
+    Confine(#[source] seccompiler::Error),
+    /// Devices.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Two devices at one address: a defect of the layout.
     #[error(transparent)]
     Overlap(#[from] Overlap),
@@ -55,8 +63,8 @@ pub enum VmError {
     },
 }
 
-/// Makes a VM with its kernel loaded. `made` is called when KVM's part exists.
-pub fn build(kvm: &Kvm, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, VmError> {
+/// Makes a VM with its kernel loaded; its devices wait on `events`. `made` is called when KVM's part exists.
+pub fn build(kvm: &Kvm, events: &EventLoop, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, VmError> {
     let ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
     let vm = kvm.create_vm()?;
     // Before the interrupt controller: a slot set after it waits for a grace period of the host.
@@ -72,11 +80,27 @@ pub fn build(kvm: &Kvm, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, 
     let initrd = config.initrd.as_ref().map(|file| load_initrd(&ram, &kernel, file)).transpose()?;
 
     let ends = Arc::new(Ends::new().map_err(host("make an event"))?);
+    events.add(ends.event(), Token::GuestEnd).map_err(host("wait for the guest's end"))?;
     let ports = legacy_ports(&vm, &ends, config.serial.map(File::from))?;
+    let mut devices = Devices::new(events).map_err(host("make an event"))?;
+    let place = Host { kvm: &vm, events, ram: &ram };
+    if let Some(vsock) = &config.vsock {
+        devices.add_vsock(place, vsock)?;
+    }
+    if let Some(fs) = config.fs {
+        devices.add_fs(place, fs, &ends)?;
+    }
+    if let Some(console) = config.console {
+        devices.add_console(place, console)?;
+    }
+    if config.rng {
+        devices.add_rng(place)?;
+    }
     kvm::register_kick_signal().map_err(host("register the vCPU kick signal"))?;
     Ok(Vm {
         kvm: vm,
         ram,
+        devices,
         kernel,
         initrd,
         cmdline: config.cmdline,

@@ -14,6 +14,8 @@ use crate::arch::x86_64::kernel::Kernel;
 use crate::arch::x86_64::{layout, mptable};
 use crate::bus::Bus;
 use crate::config::cmdline_with_devices;
+use crate::devices::Devices;
+use crate::event_loop::EventLoop;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::memory::GuestRam;
 use crate::vcpu::{Ends, Surroundings, Vcpus};
@@ -33,13 +35,14 @@ pub struct Vm {
     made: Vec<KvmVcpu>,
     vcpus: Vcpus,
     ports: Bus,
+    devices: Devices,
     ends: Arc<Ends>,
 }
 
 impl Vm {
     /// Writes what the kernel finds in memory, and starts the vCPU threads, parked. From here on no device is added.
     pub fn prepare(&mut self) -> Result<(), VmError> {
-        let cmdline = cmdline_with_devices(&self.cmdline, &[], layout::VIRTIO_MMIO_SIZE)?;
+        let cmdline = cmdline_with_devices(&self.cmdline, &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
         log::debug!("kernel command line: {cmdline}");
         boot::write_tables(&self.ram, &self.kernel, &cmdline, self.initrd);
         let (signature, features) = self.answers.signature();
@@ -47,7 +50,7 @@ impl Vm {
         boot::write_mp_table(&self.ram, &mptable::build(vcpus, signature, features));
         let around = Surroundings {
             ports: Arc::new(self.ports.clone()),
-            mmio: Arc::new(Bus::default()),
+            mmio: Arc::new(self.devices.bus()?),
             ends: Arc::clone(&self.ends),
             confine: builder::confine_vcpu,
         };
@@ -61,13 +64,21 @@ impl Vm {
     }
 
     /// Stops vCPUs, then devices.
-    pub fn pause(&mut self) -> Result<(), VmError> {
-        Ok(self.vcpus.pause()?)
+    pub fn pause(&mut self, events: &EventLoop) -> Result<(), VmError> {
+        self.vcpus.pause()?;
+        self.devices.pause(events).map_err(builder::host("stop waiting for devices"))
     }
 
     /// Lets devices, then vCPUs, go on.
-    pub fn resume(&mut self) {
+    pub fn resume(&mut self, events: &EventLoop) -> Result<(), VmError> {
+        self.devices.resume(events).map_err(builder::host("wait for devices"))?;
         self.vcpus.run();
+        Ok(())
+    }
+
+    /// Devices.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// How the guest ended, if it did.

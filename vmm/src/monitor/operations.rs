@@ -1,0 +1,175 @@
+//! What each operation does. It is legal when it comes here.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use imagefs::MountOptions;
+use vmm_api::{ApiError, ErrorCode, Op, Reply, Stats, VmConfig};
+
+use super::{Answer, Monitor};
+use crate::clock::monotonic_us;
+use crate::config::{Disk, Fds, ValidConfig};
+use crate::error::Coded;
+use crate::vm::Vm;
+use crate::vm::builder::{self, VmError};
+
+/// Longest wait of a `VsockConnect`, in milliseconds.
+const MAX_DIAL_MS: u32 = 60_000;
+
+type Done = Result<Answer, ApiError>;
+
+const DONE: Done = Ok(Answer::Now(Reply::Done));
+
+impl Monitor {
+    pub(super) fn perform(&mut self, id: u64, op: Op, fds: Vec<OwnedFd>) -> Done {
+        if let Op::Configure(config) = op {
+            return self.configure(*config, fds);
+        }
+        let mut fds = Fds::new(fds);
+        let done = match op {
+            Op::Attach { disk } => {
+                let disk = Disk::take(disk, &mut fds).map_err(|e| e.to_api())?;
+                self.attach(disk)
+            }
+            Op::FsMount { at, dir, read_only } => {
+                let dir = fds.take("dir", dir).map_err(|e| e.to_api())?;
+                self.fs_mount(&at, dir, read_only)
+            }
+            other => {
+                fds = none_left(fds)?;
+                self.perform_without_fds(id, other)
+            }
+        }?;
+        none_left(fds)?;
+        Ok(done)
+    }
+
+    fn perform_without_fds(&mut self, id: u64, op: Op) -> Done {
+        match op {
+            Op::Boot => self.boot(),
+            Op::Pause => self.pause(),
+            Op::Resume => self.resume(),
+            Op::FsUnmount { at } => self.fs_unmount(&at),
+            Op::VsockConnect { port, timeout_ms } => self.vsock_connect(id, port, timeout_ms),
+            Op::Stats => Ok(Answer::Now(Reply::Stats(Box::new(self.stats())))),
+            // What follows is the main loop's business.
+            Op::Shutdown => DONE,
+            Op::Configure(_) | Op::Attach { .. } | Op::FsMount { .. } => {
+                unreachable!("`perform` keeps those that take descriptors")
+            }
+        }
+    }
+
+    fn vm(&self) -> &Vm {
+        self.vm.as_ref().expect("the lifecycle lets nothing through before there is one")
+    }
+
+    fn vm_mut(&mut self) -> &mut Vm {
+        self.vm.as_mut().expect("the lifecycle lets nothing through before there is one")
+    }
+
+    fn configure(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Done {
+        self.timeline.configure_us = monotonic_us();
+        match self.build(config, fds) {
+            Ok(vm) => {
+                self.vm = Some(vm);
+                self.refused = None;
+                DONE
+            }
+            Err(error) => {
+                let answer = error.to_api();
+                self.refused = Some(error);
+                Err(answer)
+            }
+        }
+    }
+
+    fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
+        let config = ValidConfig::check(config, fds)?;
+        let kvm = self
+            .kvm
+            .as_ref()
+            .map_err(|error| VmError::NoKvm(ApiError::new(ErrorCode::Internal, error).to_string()))?;
+        let timeline = &mut self.timeline;
+        builder::build(kvm, &self.events, config, || timeline.kvm_ready_us = monotonic_us())
+    }
+
+    fn boot(&mut self) -> Done {
+        self.vm_mut().prepare().map_err(|e| e.to_api())?;
+        self.timeline.loaded_us = monotonic_us();
+        self.timeline.running_us = self.timeline.loaded_us;
+        self.vm().run();
+        Ok(Answer::Now(Reply::Booted { timeline: self.timeline }))
+    }
+
+    fn pause(&mut self) -> Done {
+        let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
+        vm.pause(&self.events).map_err(|e| e.to_api())?;
+        DONE
+    }
+
+    fn resume(&mut self) -> Done {
+        let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
+        vm.resume(&self.events).map_err(|e| e.to_api())?;
+        DONE
+    }
+
+    fn attach(&mut self, _disk: Disk) -> Done {
+        Err(ApiError::msg(ErrorCode::FailedPrecondition, "no such device"))
+    }
+
+    fn fs_mount(&self, at: &str, dir: OwnedFd, read_only: bool) -> Done {
+        let files = self.vm().devices().files().ok_or_else(|| missing("file share"))?;
+        let options = MountOptions { read_only, ..MountOptions::default() };
+        files.mount(at, dir, options).map_err(|e| e.to_api())?;
+        DONE
+    }
+
+    fn fs_unmount(&self, at: &str) -> Done {
+        let files = self.vm().devices().files().ok_or_else(|| missing("file share"))?;
+        let open = files.unmount(at).map_err(|e| e.to_api())?;
+        log::debug!("{at:?} is out of the share; the guest holds {open} files of it open");
+        DONE
+    }
+
+    /// The answer comes with the guest's, or when the time is up.
+    fn vsock_connect(&mut self, id: u64, port: u32, timeout_ms: u32) -> Done {
+        if !(1..=MAX_DIAL_MS).contains(&timeout_ms) {
+            let text = format!("timeout_ms is {timeout_ms}, must be 1 to {MAX_DIAL_MS}");
+            return Err(ApiError::msg(ErrorCode::InvalidArgument, text));
+        }
+        let vm = self.vm.as_ref().expect("the lifecycle lets nothing through before there is one");
+        let Some(mut vsock) = vm.devices().vsock() else { return Err(missing("socket device")) };
+        let timeout = Duration::from_millis(timeout_ms.into());
+        let dial = self.dials.begin(id, timeout, Instant::now()).map_err(|e| e.to_api())?;
+        if let Err(e) = vsock.device_mut().connect(port, dial) {
+            self.dials.end(dial);
+            return Err(e.to_api());
+        }
+        Ok(Answer::Later)
+    }
+
+    fn stats(&self) -> Stats {
+        let mut stats =
+            Stats { state: self.state.name().to_owned(), timeline: self.timeline, ..Stats::default() };
+        let Some(vm) = &self.vm else { return stats };
+        for (kind, count) in vm.vcpus().exit_counts().flatten() {
+            *stats.exits.entry(kind.to_owned()).or_default() += count;
+        }
+        for (name, counters) in vm.devices().metrics() {
+            let counters = counters.into_iter().map(|(counter, value)| (counter.to_owned(), value)).collect();
+            stats.devices.insert(name.to_owned(), counters);
+        }
+        stats
+    }
+}
+
+fn missing(device: &str) -> ApiError {
+    ApiError::msg(ErrorCode::FailedPrecondition, format!("this VM was configured without a {device}"))
+}
+
+/// Refuses descriptors that the operation does not name.
+fn none_left(fds: Fds) -> Result<Fds, ApiError> {
+    fds.done().map_err(|e| e.to_api())?;
+    Ok(Fds::new(vec![]))
+}
