@@ -11,6 +11,13 @@ pub enum Kvm {
     Absent,
 }
 
+/// Whether a KVM guest on this machine can have a KVM of its own.
+pub fn nests() -> bool {
+    let parameter =
+        |module| fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).unwrap_or_default();
+    ["kvm_amd", "kvm_intel"].into_iter().any(|module| matches!(parameter(module).trim(), "1" | "Y"))
+}
+
 /// Looks; never assumes.
 pub fn kvm() -> Kvm {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -53,6 +53,11 @@ impl Client {
         self.port
     }
 
+    /// Whether its clock counts instructions.
+    pub fn is_exact(self) -> bool {
+        self.exact
+    }
+
     /// Runs `command` to its end, or kills it after `limit`, which counts as exit code 124.
     pub fn run(self, command: &Command, streams: Streams<'_>, limit: Option<Duration>) -> Result<Exit> {
         let mut connection = self.connect()?;

@@ -71,6 +71,8 @@ pub struct Machine {
     /// Ours to end, unless it stays.
     qemu: Option<Child>,
     keep_folder: bool,
+    /// Where its console is kept when something failed.
+    logs: PathBuf,
 }
 
 impl Machine {
@@ -106,7 +108,7 @@ impl Machine {
             return Ok(None);
         }
         let client = Client::new(state.port, state.exact);
-        Ok(Some(Self { folder, client, qemu: None, keep_folder: true }))
+        Ok(Some(Self { folder, client, qemu: None, keep_folder: true, logs: cache.folder("logs")? }))
     }
 
     /// Ends a machine that was started to stay. False when there is none.
@@ -129,15 +131,21 @@ impl Machine {
         self.client
     }
 
-    /// Shows the end of the machine's console.
+    /// Shows the end of the machine's console, and keeps the whole of it when the machine goes.
     pub fn show_console(&self) {
-        show_tail(&self.folder.join(CONSOLE));
+        let path = self.folder.join(CONSOLE);
+        if self.keep_folder {
+            return show_tail(&path);
+        }
+        let kept = self.logs.join(format!("console-{}.log", std::process::id()));
+        let _ = fs::copy(path, &kept); // shown all the same, then, as an empty file
+        show_tail(&kept);
     }
 
     fn launch(cache: &Cache, shape: &Shape, folder: &Path, stay: bool) -> Result<Self> {
         let apt = Apt::open(cache)?;
         let image = Image::get(cache, &apt)?;
-        let kvm = if shape.exact { Kvm::Absent } else { host::kvm() };
+        let kvm = if shape.exact || !host::nests() { Kvm::Absent } else { host::kvm() };
         let which = if shape.exact { Emulator::Stable } else { Emulator::Backports };
         let tree = emulator(cache, &apt, which)?;
         let lab_init = crate::build::lab_init()?;
@@ -157,8 +165,13 @@ impl Machine {
             arguments(&mut command, shape, kvm, &image, port);
             let qemu = spawn(command, folder, stay)?;
             let client = Client::new(port, shape.exact);
-            let mut machine =
-                Self { folder: folder.to_path_buf(), client, qemu: Some(qemu), keep_folder: stay };
+            let mut machine = Self {
+                folder: folder.to_path_buf(),
+                client,
+                qemu: Some(qemu),
+                keep_folder: stay,
+                logs: cache.folder("logs")?,
+            };
             match machine.await_ready(&ready) {
                 Ok(()) => return Ok(machine),
                 Err(_) if machine.port_was_taken() => {}

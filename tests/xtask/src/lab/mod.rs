@@ -114,6 +114,12 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     }
     let machine = match Machine::find(cache, &options.name)? {
         Some(machine) => {
+            let agrees = !options.exact || machine.client().is_exact();
+            ensure!(
+                agrees,
+                "lab {} is up without --exact: give another --name, or --down first",
+                options.name
+            );
             if options.product && !options.up {
                 let product = Product::build(cache)?;
                 step("put the product into the lab", || {
