@@ -538,6 +538,10 @@ fn caches_count_as_long_as_the_mount_says() {
         assert_eq!(m.entry_valid, 0, "the name of a mount is asked for each time");
         let file = client.lookup(m.nodeid, "f").unwrap();
         assert_eq!((file.entry_valid, file.attr_valid), (seconds, seconds), "{cache:?}");
+        let set_id = client.chmod(file.nodeid, 0o4755).unwrap();
+        assert_eq!(set_id.mode & 0o7777, 0o4755);
+        assert_eq!(client.lookup(m.nodeid, "f").unwrap().attr_valid, 0, "a write may take the bits away");
+        client.chmod(file.nodeid, 0o755).unwrap();
         let open: OpenOut = client.ask(Opcode::Open, file.nodeid, &[OpenIn::default().as_bytes()]).unwrap();
         assert_eq!(open.flags, flags, "{cache:?}");
         client.server.unmount("m").unwrap();

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::handle::{Handle, Open};
 use super::node::Node;
-use super::{ROOT, Result, Share};
+use super::{Cache, ROOT, Result, Share};
 
 /// Set-user-id and set-group-id.
 const SET_UID: u32 = 0o4000;
@@ -96,13 +96,14 @@ impl Share {
         }
         let open = handle.map(|handle| self.handles.get(node, handle)).transpose()?;
         let known = self.nodes.get(node);
-        let lifetime = known.as_ref().map_or(Duration::ZERO, |node| node.mount.options.cache.lifetime());
+        let cache = known.as_ref().map_or(Cache::Live, |node| node.mount.options.cache);
         let stat = match open.as_deref() {
             // Works even when its mount is gone.
             Some(Handle { open: Open::File(file), .. }) => stat(file)?,
             _ => stat(&*known?)?,
         };
-        Ok((self.to_attr(&stat), lifetime))
+        let attr = self.to_attr(&stat);
+        Ok((attr, cache.attr_lifetime(attr.mode)))
     }
 
     /// Changes attributes: size, then owner (which clears set-id bits, as the host's kernel does), mode, times.

@@ -90,7 +90,7 @@ impl Share {
     }
 
     fn entry(&self, mount: &Mount, node: u64, stat: &rustix::fs::Statx) -> Entry {
-        let lifetime = mount.options.cache.lifetime();
-        Entry { node, attr: self.to_attr(stat), name_lifetime: lifetime, attr_lifetime: lifetime }
+        let (attr, cache) = (self.to_attr(stat), mount.options.cache);
+        Entry { node, attr, name_lifetime: cache.lifetime(), attr_lifetime: cache.attr_lifetime(attr.mode) }
     }
 }

@@ -27,13 +27,22 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// How long a name or a file's attributes count.
+    /// How long a name counts.
     pub fn lifetime(self) -> Duration {
         match self {
             Cache::Shared => Duration::from_secs(1),
             Cache::Live => Duration::ZERO,
             Cache::Exclusive => Duration::from_secs(3600),
         }
+    }
+
+    /// How long the attributes of a file with this mode count.
+    ///
+    /// A write by an unprivileged process takes set-id bits away on the host, and the guest's kernel does not look for
+    /// that (`HANDLE_KILLPRIV_V2`). It must not run the file with what it remembers, so it may not remember.
+    pub fn attr_lifetime(self, mode: u32) -> Duration {
+        let set_id = mode & (libc::S_ISUID | libc::S_ISGID) != 0 && mode & libc::S_IFMT == libc::S_IFREG;
+        if set_id { Duration::ZERO } else { self.lifetime() }
     }
 
     /// Whether contents seen at one open still count at the next.
