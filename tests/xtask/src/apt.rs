@@ -19,6 +19,9 @@ use crate::steps::{output, quietly, step};
 /// Package lists older than this are fetched again. Within it, the same packages are used even offline.
 const LISTS_STAY_GOOD: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// Settings of this machine's apt that say how to reach a mirror, not what to fetch from it.
+const TRANSPORT: [&str; 4] = ["Acquire::http", "Acquire::https", "Acquire::Check-", "Acquire::Retries"];
+
 /// Where Debian installs its archive keys.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -202,16 +205,16 @@ impl<'a> Apt<'a> {
             fs::write(self.root.join(format!("{}.list", suite.name())), lines)
                 .context("write a sources list")?;
             fs::create_dir_all(self.root.join(format!("cache-{}/archives/partial", suite.name())))?;
-            // Lists are apart, or updating one suite set would remove those of the other.
         }
         fs::create_dir_all(self.root.join("state/lists/partial")).context("make the state folder")?;
         fs::write(self.root.join("state/status"), "").context("write an empty package status")?;
         let host = output(Command::new("apt-config").arg("dump"))?;
         let transport: String = host
             .lines()
-            .filter(|line| line.starts_with("Acquire::") && line.contains("::"))
+            .filter(|line| TRANSPORT.iter().any(|name| line.starts_with(name)))
             .map(|line| format!("{line}\n"))
             .collect();
+        // No list clean-up: the suites share the lists' folder, and each update would remove those of the others.
         let own = format!(
             "Dir::Etc::sourceparts \"/dev/null\";\nDir::Etc::parts \"/dev/null\";\nDir::Etc::main \"/dev/null\";\n\
              Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"/dev/null\";\n\

@@ -91,10 +91,17 @@ fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
     (is_test && !HOST_ONLY_TESTS.contains(&name)).then(|| (name.to_string(), program.into()))
 }
 
-/// A cargo command in the workspace, with the versions that are locked.
+/// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
 pub fn cargo(verb: &str) -> Command {
+    let mut command = talkative_cargo(verb);
+    command.arg("--quiet");
+    command
+}
+
+/// The same with all it has to say; `cargo test --quiet` would not name the tests it runs.
+pub fn talkative_cargo(verb: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace()).args([verb, "--quiet", "--locked"]);
+    command.current_dir(workspace()).args([verb, "--locked"]);
     command
 }
 

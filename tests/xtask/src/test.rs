@@ -95,6 +95,7 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     packages::ensure(cache)?;
     let mut count = Count::default();
     if wanted(Only::Unit) {
+        step("build the unit tests", || build::run(build::cargo("test").args(["--workspace", "--no-run"])))?;
         count.add(step("unit tests", || unit(options))?);
     }
     if wanted(Only::Lab) {
@@ -112,7 +113,7 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
 }
 
 fn unit(options: &Options) -> Result<Count> {
-    let mut cargo = build::cargo("test");
+    let mut cargo = build::talkative_cargo("test");
     cargo.args(["--workspace", "--no-fail-fast"]).args(&options.filter);
     let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start cargo")?;
     let mut lines = Lines::to(io::stdout());
