@@ -124,6 +124,8 @@ fn boot(options: Options) -> Result<()> {
     }
     let start = Instant::now();
     let mut vmm = command.spawn().with_context(|| options.vmm.clone())?;
+    // With it goes the VMM's end of the socket, so that we see it close.
+    drop(command);
     let mut client = Client::new(ours);
     let fds: Vec<_> = options.files.iter().map(AsFd::as_fd).collect();
     client.call(Op::Configure(Box::new(options.config)), &fds, LIMIT)?;

@@ -10,6 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use imagefs::{FileServer, Limits};
+use virtio::blk::{self, Blk};
 use virtio::console::Console;
 use virtio::device::VirtioDevice;
 use virtio::fs::Fs;
@@ -55,6 +56,15 @@ pub enum DeviceError {
         #[source]
         source: KvmError,
     },
+    /// What the guest wrote may be lost.
+    #[error("flush {device}")]
+    Flush {
+        /// Device.
+        device: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The device refuses what it was given.
     #[error("make {device}")]
     Refused {
@@ -78,6 +88,7 @@ type Shared<D> = Arc<Mutex<MmioTransport<D>>>;
 /// What a device is.
 #[derive(Debug, Clone)]
 enum Device {
+    Blk(Shared<Blk>),
     Vsock(Shared<Vsock>),
     Fs(Shared<Fs>),
     Console(Shared<Console>),
@@ -88,6 +99,10 @@ enum Device {
 macro_rules! with {
     ($device:expr, |$transport:ident| $body:expr) => {
         match $device {
+            Device::Blk(shared) => {
+                let $transport = &mut *lock(shared);
+                $body
+            }
             Device::Vsock(shared) => {
                 let $transport = &mut *lock(shared);
                 $body
@@ -148,6 +163,32 @@ impl Devices {
         let status = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         events.add(&*status, Token::DeviceStatus)?;
         Ok(Devices { slots: vec![], status, files: None })
+    }
+
+    /// Adds a disk: the guest's next `vdX`.
+    pub fn add_disk(&mut self, host: Host<'_>, disk: config::Disk) -> Result<(), DeviceError> {
+        let name = format!("blk{}", self.disks());
+        let config::Disk { file, read_only, id, queues } = disk;
+        let disk = blk::Disk::new(file, read_only, &id).map_err(DeviceError::refused(&name))?;
+        self.add(host, &name, Blk::new(disk, queues.into()), Device::Blk)
+    }
+
+    /// Number of disks.
+    pub fn disks(&self) -> usize {
+        self.slots.iter().filter(|slot| matches!(slot.device, Device::Blk(_))).count()
+    }
+
+    /// Makes what the guest wrote to its disks durable. Tries all, and gives the first error.
+    pub fn flush(&self) -> Result<(), DeviceError> {
+        let mut flushed = Ok(());
+        for slot in &self.slots {
+            if let Device::Blk(shared) = &slot.device
+                && let Err(source) = lock(shared).device().flush()
+            {
+                flushed = flushed.and(Err(DeviceError::Flush { device: slot.name.clone(), source }));
+            }
+        }
+        flushed
     }
 
     /// Adds a socket device.

@@ -3,14 +3,16 @@
 //! Started by its owner with a control socket as descriptor 3. It opens `/dev/kvm` and no other path.
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::process::exit;
+use std::process;
 
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
-use vmm::kvm::Kvm;
+use vmm::error::Coded;
+use vmm::kvm::{Kvm, KvmError};
 use vmm::monitor::{Monitor, Outcome};
 use vmm::seccomp::{self, Mode};
-use vmm_api::CONTROL_FD;
+use vmm::vm::builder::VmError;
+use vmm_api::{CONTROL_FD, exit};
 
 const USAGE: &str = "usage: ctvm-vmm [--log LEVEL] [--seccomp enforce|log|off] [--version]\n\
     Descriptor 3 must be the control socket of its owner (SOCK_SEQPACKET).";
@@ -19,18 +21,39 @@ fn main() {
     let main_us = vmm::clock::monotonic_us();
     parse_arguments();
     let socket = adopt_control_socket();
-    let kvm = Kvm::open();
-    if let Err(e) = &kvm {
-        eprintln!("ctvm-vmm: {e}");
+    if let Err(e) = seccomp::report_breaches() {
+        fail(exit::KVM_UNUSABLE, &format!("register a handler for SIGSYS: {e}"));
     }
-    let outcome = Monitor::new(socket, kvm, main_us).expect("epoll on a socket").run();
+    let kvm = Kvm::open();
+    let monitor = Monitor::new(socket, kvm, main_us);
+    let outcome = monitor
+        .unwrap_or_else(|e| fail(exit::NO_CONTROL_SOCKET, &format!("wait for descriptor 3: {e}")))
+        .run();
     match outcome {
-        Outcome::Ended(reason) => exit(reason.exit_status().into()),
+        Outcome::Ended(reason) => {
+            log::info!("{reason}");
+            process::exit(reason.exit_status().into());
+        }
         Outcome::NeverStarted(error) => {
-            eprintln!("ctvm-vmm: {error}");
-            exit(24);
+            // As the owner was told: one line with all causes.
+            fail(exit_status(&error), &error.to_api().to_string());
         }
     }
+}
+
+/// Status of a process whose owner left after `error`.
+fn exit_status(error: &VmError) -> u8 {
+    match error {
+        VmError::NoKvm(KvmError::Missing) => exit::NO_KVM,
+        VmError::NoKvm(KvmError::Permission { .. }) => exit::KVM_PERMISSION,
+        VmError::NoKvm(_) | VmError::Kvm(_) => exit::KVM_UNUSABLE,
+        _ => exit::REFUSED,
+    }
+}
+
+fn fail(status: u8, what: &str) -> ! {
+    eprintln!("ctvm-vmm: error: {what}");
+    process::exit(status.into());
 }
 
 fn parse_arguments() {
@@ -40,7 +63,7 @@ fn parse_arguments() {
         match argument.as_str() {
             "--version" => {
                 println!("ctvm-vmm {}", env!("CARGO_PKG_VERSION"));
-                exit(0);
+                process::exit(0);
             }
             "--log" => level = arguments.next().unwrap_or_default(),
             "--seccomp" => match Mode::parse(&arguments.next().unwrap_or_default()) {
@@ -56,8 +79,7 @@ fn parse_arguments() {
 }
 
 fn usage(what: &str) -> ! {
-    eprintln!("ctvm-vmm: {what}\n{USAGE}");
-    exit(2);
+    fail(exit::USAGE, &format!("{what}\n{USAGE}"));
 }
 
 fn adopt_control_socket() -> OwnedFd {
@@ -65,8 +87,7 @@ fn adopt_control_socket() -> OwnedFd {
     // asked what it is.
     let inherited = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
     if socket_type(inherited.as_fd()) != Ok(SocketType::SEQPACKET) {
-        eprintln!("ctvm-vmm: descriptor 3 is not a control socket (SOCK_SEQPACKET)");
-        exit(20);
+        fail(exit::NO_CONTROL_SOCKET, "descriptor 3 is not a control socket (SOCK_SEQPACKET)");
     }
     // SAFETY: it is open, as just seen, and nothing else in this process knows it.
     unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }

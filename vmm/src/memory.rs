@@ -103,8 +103,8 @@ pub struct RamRange {
     pub host: usize,
 }
 
-/// The guest's memory.
-#[derive(Debug, Clone)]
+/// The guest's memory. Dropped, it is empty, but stays mapped: other threads may still hold [`GuestRam::memory`].
+#[derive(Debug)]
 pub struct GuestRam {
     ranges: Vec<RamRange>,
     memory: GuestMemory,
@@ -155,7 +155,7 @@ impl GuestRam {
         let mut regions = Vec::with_capacity(ranges.len());
         for &(gpa, len) in ranges {
             let size = usize::try_from(len).expect("x86-64 addresses fit usize");
-            placed.push(RamRange { gpa, len, host: at.addr() });
+            placed.push(RamRange { gpa, len, host: at.expose_provenance() });
             let builder = MmapRegionBuilder::new(size)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE);
@@ -223,6 +223,19 @@ impl GuestRam {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        for range in &self.ranges {
+            let len = usize::try_from(range.len).expect("x86-64 addresses fit usize");
+            // SAFETY: a range of our own mapping, which stays mapped; whoever still reads there reads zeros. An error
+            // leaves the pages to the end of the process.
+            unsafe {
+                libc::madvise(std::ptr::with_exposed_provenance_mut(range.host), len, libc::MADV_DONTNEED)
+            };
+        }
     }
 }
 

@@ -41,7 +41,8 @@ pub enum Outcome {
 pub struct Monitor {
     control: Control,
     events: EventLoop,
-    kvm: Result<Kvm, KvmError>,
+    /// The host's KVM; taken out by the VM, or by the error of the first `Configure`.
+    kvm: Option<Result<Kvm, KvmError>>,
     state: State,
     vm: Option<Vm>,
     timeline: Timeline,
@@ -65,7 +66,7 @@ impl Monitor {
         Ok(Monitor {
             control,
             events,
-            kvm,
+            kvm: Some(kvm),
             state: State::Created,
             vm: None,
             timeline: Timeline { main_us, ..Timeline::default() },

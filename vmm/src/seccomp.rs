@@ -2,8 +2,11 @@
 //!
 //! Threads inherit the filter of the thread that makes them, so the main thread confines itself last.
 
+mod breach;
+
 use std::sync::OnceLock;
 
+pub use breach::report_breaches;
 use seccompiler::{apply_filter, sock_filter};
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
@@ -50,6 +53,17 @@ pub fn set_mode(mode: Mode) {
     let _ = MODE.set(mode);
 }
 
+impl Role {
+    /// Name of its list.
+    fn list(self) -> &'static str {
+        match self {
+            Role::Vmm => "vmm",
+            Role::Vcpu => "vcpu",
+            Role::Fs => "fs",
+        }
+    }
+}
+
 /// Confines the calling thread for good.
 pub fn confine(role: Role) -> Result<(), seccompiler::Error> {
     let filter: &[sock_filter] = match (MODE.get().copied().unwrap_or(Mode::Enforce), role) {
@@ -61,5 +75,6 @@ pub fn confine(role: Role) -> Result<(), seccompiler::Error> {
         (Mode::Log, Role::Vcpu) => &VCPU_LOG,
         (Mode::Log, Role::Fs) => &FS_LOG,
     };
+    breach::name_list(role.list());
     apply_filter(filter)
 }

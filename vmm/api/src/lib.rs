@@ -21,6 +21,7 @@ pub mod client;
 pub mod config;
 pub mod error;
 pub mod event;
+pub mod exit;
 pub mod frame;
 pub mod op;
 pub mod stats;

@@ -10,6 +10,7 @@ use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
 use crate::config::{Disk, Fds, ValidConfig};
 use crate::error::Coded;
+use crate::kvm::Kvm;
 use crate::vm::Vm;
 use crate::vm::builder::{self, VmError};
 
@@ -86,12 +87,13 @@ impl Monitor {
 
     fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
         let config = ValidConfig::check(config, fds)?;
-        let kvm = self
-            .kvm
-            .as_ref()
-            .map_err(|error| VmError::NoKvm(ApiError::new(ErrorCode::Internal, error).to_string()))?;
+        let kvm = match self.kvm.take() {
+            Some(Ok(kvm)) => kvm,
+            // Asked once more, since the owner may have put things right.
+            Some(Err(_)) | None => Kvm::open().map_err(VmError::NoKvm)?,
+        };
         let timeline = &mut self.timeline;
-        builder::build(kvm, &self.events, config, || timeline.kvm_ready_us = monotonic_us())
+        builder::build(&kvm, &self.events, config, || timeline.kvm_ready_us = monotonic_us())
     }
 
     fn boot(&mut self) -> Done {
@@ -114,8 +116,10 @@ impl Monitor {
         DONE
     }
 
-    fn attach(&mut self, _disk: Disk) -> Done {
-        Err(ApiError::msg(ErrorCode::FailedPrecondition, "no such device"))
+    fn attach(&mut self, disk: Disk) -> Done {
+        let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
+        vm.attach(&self.events, disk).map_err(|e| e.to_api())?;
+        DONE
     }
 
     fn fs_mount(&self, at: &str, dir: OwnedFd, read_only: bool) -> Done {

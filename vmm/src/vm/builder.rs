@@ -35,8 +35,8 @@ pub enum VmError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// This host's KVM cannot be used.
-    #[error("{0}")]
-    NoKvm(String),
+    #[error(transparent)]
+    NoKvm(KvmError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -84,6 +84,9 @@ pub fn build(kvm: &Kvm, events: &EventLoop, config: ValidConfig, made: impl FnOn
     let ports = legacy_ports(&vm, &ends, config.serial.map(File::from))?;
     let mut devices = Devices::new(events).map_err(host("make an event"))?;
     let place = Host { kvm: &vm, events, ram: &ram };
+    for disk in config.disks {
+        devices.add_disk(place, disk)?;
+    }
     if let Some(vsock) = &config.vsock {
         devices.add_vsock(place, vsock)?;
     }

@@ -13,13 +13,15 @@ use crate::arch::x86_64::cpuid::Answers;
 use crate::arch::x86_64::kernel::Kernel;
 use crate::arch::x86_64::{layout, mptable};
 use crate::bus::Bus;
-use crate::config::cmdline_with_devices;
-use crate::devices::Devices;
+use crate::config::{ConfigError, Disk, cmdline_with_devices};
+use crate::devices::{Devices, Host};
 use crate::event_loop::EventLoop;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::memory::GuestRam;
+use crate::seccomp::{self, Role};
 use crate::vcpu::{Ends, Surroundings, Vcpus};
 use builder::VmError;
+use vmm_api::config::MAX_DISKS;
 
 /// A VM that has been configured.
 #[derive(Debug)]
@@ -55,7 +57,23 @@ impl Vm {
             confine: builder::confine_vcpu,
         };
         self.vcpus = Vcpus::spawn(std::mem::take(&mut self.made), &around)?;
-        Ok(())
+        // Last, as new threads inherit the filter: there are none from here on.
+        seccomp::confine(Role::Vmm).map_err(VmError::Confine)
+    }
+
+    /// Adds a disk to a VM that has not been prepared.
+    pub fn attach(&mut self, events: &EventLoop, disk: Disk) -> Result<(), VmError> {
+        let disks = self.devices.disks() as u64 + 1;
+        if disks > MAX_DISKS as u64 {
+            return Err(ConfigError::Range {
+                what: "number of disks",
+                value: disks,
+                min: 0,
+                max: MAX_DISKS as u64,
+            }
+            .into());
+        }
+        Ok(self.devices.add_disk(Host { kvm: &self.kvm, events, ram: &self.ram }, disk)?)
     }
 
     /// Lets the prepared vCPUs run.
@@ -65,8 +83,16 @@ impl Vm {
 
     /// Stops vCPUs, then devices.
     pub fn pause(&mut self, events: &EventLoop) -> Result<(), VmError> {
-        self.vcpus.pause()?;
-        self.devices.pause(events).map_err(builder::host("stop waiting for devices"))
+        let paused = self
+            .vcpus
+            .pause()
+            .map_err(VmError::from)
+            .and_then(|()| self.devices.pause(events).map_err(builder::host("stop waiting for devices")));
+        if paused.is_err() {
+            // As it was: a pause is whole or not at all.
+            self.vcpus.run();
+        }
+        paused
     }
 
     /// Lets devices, then vCPUs, go on.
@@ -91,8 +117,11 @@ impl Vm {
         &self.vcpus
     }
 
-    /// Ends the VM.
+    /// Ends the guest. What it wrote to disks is durable then.
     pub fn stop(&mut self) -> Result<(), VmError> {
-        Ok(self.vcpus.finish()?)
+        let finished = self.vcpus.finish();
+        // Whatever a vCPU does: the disks come first.
+        self.devices.flush()?;
+        Ok(finished?)
     }
 }
