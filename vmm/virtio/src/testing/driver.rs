@@ -107,6 +107,11 @@ impl FakeQueue {
         self.in_flight.len()
     }
 
+    /// Descriptors that are not in use.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Makes a request available, its buffers on `heap`. Does not notify.
     pub fn add(&mut self, heap: &mut Heap, buffers: &[Buffer]) -> u16 {
         let indices = self.take_free(buffers.len());
