@@ -1,6 +1,7 @@
 //! What a guest cannot do: leave its directories, write where it may not, hold more than its share, break the server.
 
 mod client;
+mod confine;
 
 use std::fs;
 use std::mem::size_of;
@@ -12,7 +13,6 @@ use client::{Client, Handle, ROOT, directory, text};
 use imagefs::wire::*;
 use imagefs::{Limits, MountError, MountOptions, UnmountError};
 use tempfile::tempdir;
-use virtio::fs::FsServer;
 use zerocopy::IntoBytes;
 
 #[test]
@@ -409,7 +409,7 @@ fn requests_that_make_no_sense_are_answered_or_dropped() {
                         nodeid: node,
                         ..Default::default()
                     };
-                    let mut request = [header.as_bytes(), &vec![fill; 96]].concat();
+                    let mut request = [header.as_bytes(), &[fill; 96]].concat();
                     request.truncate(len);
                     if opcode == Opcode::Fallocate as u32 && fill == 1 {
                         continue; // asks for 2^56 bytes, which sparse file systems of tests may grant
@@ -482,8 +482,7 @@ fn many_threads_share_one_server() {
         for t in 0..4 {
             let server = server.clone();
             scope.spawn(move || {
-                server.enter_thread().unwrap();
-                let client = Client { server, uid: 0, gid: 0 };
+                let client = Client::of_server(server);
                 let m = client.lookup(ROOT, "m").unwrap().nodeid;
                 for i in 0..300 {
                     // All fight for one name, and each has its own too.

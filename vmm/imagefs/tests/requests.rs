@@ -1,6 +1,7 @@
 //! What a guest can do, request by request.
 
 mod client;
+mod confine;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;

@@ -1,4 +1,5 @@
-//! A guest's FUSE client, reduced to what tests say: one call, one answer.
+//! A guest's FUSE client, reduced to what tests say: one call, one answer. The server runs on a thread of its own, under
+//! the filter that it has in the VMM.
 
 #![expect(dead_code, reason = "each test binary uses its own part")]
 
@@ -9,7 +10,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
+use crate::confine::confine;
 use imagefs::wire::{self, *};
 use imagefs::{FileServer, Limits, MountOptions};
 use virtio::fs::FsServer;
@@ -25,12 +28,14 @@ pub const LIMITS: Limits = Limits { nodes: 4096, handles: 512 };
 /// Errors are positive errno values.
 pub type Result<T> = std::result::Result<T, i32>;
 
-/// Calls a server on the thread that made it.
+/// Calls a server.
 #[derive(Debug)]
 pub struct Client {
     pub server: Arc<FileServer>,
     pub uid: u32,
     pub gid: u32,
+    requests: Sender<(Vec<u8>, usize)>,
+    answers: Receiver<Vec<u8>>,
 }
 
 /// An open file or directory.
@@ -55,6 +60,21 @@ pub fn directory(path: &Path) -> OwnedFd {
     File::open(path).unwrap().into()
 }
 
+fn serve(server: &FileServer, mut request: Vec<u8>, room: usize) -> Vec<u8> {
+    let mut reply = vec![0xa5; room];
+    // In two parts each, as a guest's buffers are.
+    let slices = |bytes: &mut Vec<u8>| {
+        let middle = bytes.len() / 3;
+        let (first, second) = bytes.split_at_mut(middle);
+        // SAFETY: both halves live in a vector that outlives the call, and nothing else touches them meanwhile.
+        let slice = |part: &mut [u8]| unsafe { VolatileSlice::new(part.as_mut_ptr(), part.len()) };
+        vec![slice(first), slice(second)]
+    };
+    let len = server.handle(Reader::new(slices(&mut request)), Writer::new(slices(&mut reply)));
+    reply.truncate(len as usize);
+    reply
+}
+
 impl Client {
     /// A server with nothing mounted, its session begun.
     pub fn new() -> Self {
@@ -68,9 +88,24 @@ impl Client {
     }
 
     pub fn unstarted(limits: Limits) -> Self {
-        let server = Arc::new(FileServer::new(limits).unwrap());
-        server.enter_thread().unwrap();
-        Client { server, uid: 0, gid: 0 }
+        Self::of_server(Arc::new(FileServer::new(limits).unwrap()))
+    }
+
+    /// One more client of a server, with a thread of its own.
+    pub fn of_server(server: Arc<FileServer>) -> Self {
+        let (requests, to_serve) = channel::<(Vec<u8>, usize)>();
+        let (answer, answers) = channel();
+        let serving = server.clone();
+        std::thread::spawn(move || {
+            serving.enter_thread().unwrap();
+            confine();
+            for (request, room) in to_serve {
+                if answer.send(serve(&serving, request, room)).is_err() {
+                    return;
+                }
+            }
+        });
+        Client { server, uid: 0, gid: 0, requests, answers }
     }
 
     /// A client with `path` mounted as `m`, and its node.
@@ -83,18 +118,8 @@ impl Client {
 
     /// Sends bytes as they are. Gives the answer as it came, cut to the length the server told.
     pub fn raw(&self, request: &[u8], room: usize) -> Vec<u8> {
-        let (mut request, mut reply) = (request.to_vec(), vec![0xa5; room]);
-        // In two parts each, as a guest's buffers are.
-        let slices = |bytes: &mut Vec<u8>| {
-            let middle = bytes.len() / 3;
-            let (first, second) = bytes.split_at_mut(middle);
-            // SAFETY: both halves live in a vector that outlives the call, and nothing else touches them meanwhile.
-            let slice = |part: &mut [u8]| unsafe { VolatileSlice::new(part.as_mut_ptr(), part.len()) };
-            vec![slice(first), slice(second)]
-        };
-        let len = self.server.handle(Reader::new(slices(&mut request)), Writer::new(slices(&mut reply)));
-        reply.truncate(len as usize);
-        reply
+        self.requests.send((request.to_vec(), room)).expect("the server's thread lives");
+        self.answers.recv().expect("the server's thread lives")
     }
 
     /// Sends a request with these parts behind the header. Gives the body of the answer.
