@@ -3,12 +3,12 @@
 //! A driver for development; operators have `ctvm run`.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use command_fds::{CommandFdExt, FdMapping};
 use vmm_api::{
     CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, KernelConfig, MemoryConfig, Op,
     PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
@@ -90,7 +90,7 @@ fn parse(args: &[String]) -> Result<Options> {
             "--initrd" => config.kernel.initrd = Some(give(File::open(value()?)?.into())),
             "--serial" => config.serial = Some(give(stdout()?)),
             "--console" => {
-                config.console = Some(ConsoleConfig { output: Some(give(stdout()?)), input: None })
+                config.console = Some(ConsoleConfig { output: Some(give(stdout()?)), input: None });
             }
             "--vsock" => config.vsock = Some(VsockConfig { cid: 3, ports: vec![1024] }),
             "--rng" => config.rng = true,
@@ -115,13 +115,7 @@ fn boot(options: Options) -> Result<()> {
     let (ours, theirs) = vmm_api::frame::pair()?;
     let mut command = Command::new(&options.vmm);
     command.args(&options.vmm_args);
-    // SAFETY: dup2 is async-signal-safe, and all there is between fork and exec.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(theirs.as_raw_fd(), CONTROL_FD) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
+    command.fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;
     let start = Instant::now();
     let mut vmm = command.spawn().with_context(|| options.vmm.clone())?;
     // With it goes the VMM's end of the socket, so that we see it close.

@@ -200,7 +200,7 @@ impl ValidConfig {
         range("vcpus", config.vcpus, 1, MAX_VCPUS)?;
         let memory = config.memory;
         range("memory.size_mib", memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
-        if memory.size_mib % 2 != 0 {
+        if !memory.size_mib.is_multiple_of(2) {
             return Err(ConfigError::OddMemory(memory.size_mib));
         }
         text("kernel.cmdline", &config.kernel.cmdline, 0, MAX_CMDLINE - 1)?;
@@ -357,7 +357,8 @@ mod tests {
 
     #[test]
     fn each_refusal_has_value_and_limit() {
-        let cases: [(&str, fn(&mut VmConfig)); 14] = [
+        type Change = fn(&mut VmConfig);
+        let cases: [(&str, Change); 14] = [
             ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
             ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
             ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),

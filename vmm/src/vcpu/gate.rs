@@ -86,6 +86,7 @@ impl Gate {
             .expect("no thread panics while it holds this lock");
         if inside.wanted == Wanted::Run {
             inside.phase = Phase::Running;
+            self.changed.notify_all();
         }
         inside.wanted
     }
