@@ -92,8 +92,12 @@ impl Vsock {
     }
 
     /// What happened. To be called after each of [`VirtioDevice::on_queue`], [`VirtioDevice::on_backend`],
-    /// [`VirtioDevice::resume`], [`VirtioDevice::reset`], [`Vsock::connect`]: until then, events hold back the guest.
+    /// [`VirtioDevice::resume`], [`VirtioDevice::reset`], [`Vsock::connect`]; or later, for then the guest is held back.
     pub fn take_events(&mut self) -> Vec<VsockEvent> {
+        let held = self.exchange.owes_too_many_events();
+        if let Some(active) = self.active.as_ref().filter(|_| held) {
+            active.come_back();
+        }
         std::mem::take(&mut self.exchange.events)
     }
 
@@ -145,12 +149,12 @@ impl Active {
         let mut bytes = 0;
         let mut left = true;
         for _ in 0..PACKETS_AT_ONCE {
-            // If there is no buffer for resets, the guest's next one makes us look again; see `work`.
-            if exchange.owes_too_many_resets() {
+            // Buffers of the guest for the resets make us look again (see `work`), as does `take_events`.
+            if exchange.owes_too_many_resets() || exchange.owes_too_many_events() {
                 left = false;
                 break;
             }
-            if exchange.owes_too_many_events() || bytes >= BYTES_AT_ONCE {
+            if bytes >= BYTES_AT_ONCE {
                 break;
             }
             let Some(chain) = queue.pop(&self.memory) else {

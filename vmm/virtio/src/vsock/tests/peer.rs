@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -102,6 +103,8 @@ pub struct Peer {
     pub transport_resets: usize,
     /// Give a used receive buffer back at once.
     pub refill: bool,
+    /// Time spent in the device, the main loop's system calls included.
+    pub in_device: Duration,
     rx_heap: Heap,
     tx_heap: Heap,
     interrupts: u64,
@@ -123,6 +126,7 @@ impl Peer {
             events: VecDeque::new(),
             transport_resets: 0,
             refill: true,
+            in_device: Duration::ZERO,
             rx_heap: Heap::within(0x10_0000..0x20_0000),
             tx_heap: Heap::within(0x20_0000..0x40_0000),
             interrupts: 0,
@@ -179,7 +183,9 @@ impl Peer {
 
     /// One turn of the main loop, and of the guest's interrupt handler. Tells whether anything happened.
     pub fn run_once(&mut self) -> bool {
+        let start = Instant::now();
         let busy = self.guest.pump(&mut self.device);
+        self.in_device += start.elapsed();
         self.events.extend(self.device.take_events());
         if self.guest.interrupts() == self.interrupts {
             return busy;
