@@ -95,7 +95,8 @@ fuzz_target!(|data: &[u8]| {
         assert_eq!(vsock.connections(), 0);
         for mut host in hosts {
             // An error says that what the host wrote was not all read.
-            let end = host.read_to_end(&mut Vec::new()).map_or_else(|e| e.kind(), |_| ErrorKind::UnexpectedEof);
+            let end =
+                host.read_to_end(&mut Vec::new()).map_or_else(|e| e.kind(), |_| ErrorKind::UnexpectedEof);
             assert!(matches!(end, ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset), "{end}");
         }
     });
