@@ -119,3 +119,59 @@ impl Interrupt {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    fn interrupt() -> (Interrupt, Arc<EventFd>) {
+        let line = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        (Interrupt::new(line.clone()), line)
+    }
+
+    #[test]
+    fn reasons_stay_until_they_are_acknowledged() {
+        let (interrupt, line) = interrupt();
+        interrupt.used_buffer();
+        interrupt.config_change();
+        assert_eq!((line.read().unwrap(), interrupt.status()), (2, USED_BUFFER | CONFIG_CHANGE));
+        interrupt.acknowledge(USED_BUFFER);
+        assert_eq!((interrupt.status(), interrupt.config_generation()), (CONFIG_CHANGE, 1));
+        assert!(line.read().is_err(), "an acknowledgement is no interrupt");
+    }
+
+    #[test]
+    fn a_reset_is_asked_for_once_and_counted() {
+        let (interrupt, line) = interrupt();
+        interrupt.device_needs_reset();
+        interrupt.device_needs_reset();
+        assert_eq!((line.read().unwrap(), interrupt.breakages(), interrupt.needs_reset()), (1, 1, true));
+        interrupt.reset();
+        assert_eq!((interrupt.breakages(), interrupt.needs_reset(), interrupt.status()), (1, false, 0));
+        interrupt.device_needs_reset();
+        assert_eq!(interrupt.breakages(), 2);
+    }
+
+    #[test]
+    fn what_was_pending_is_raised_again_after_a_restore() {
+        let (interrupt, line) = interrupt();
+        interrupt.raise_pending();
+        assert!(line.read().is_err());
+        interrupt.restore(USED_BUFFER | 0xf0, false, 7);
+        interrupt.raise_pending();
+        assert_eq!(
+            (line.read().unwrap(), interrupt.status(), interrupt.config_generation()),
+            (1, USED_BUFFER, 7)
+        );
+    }
+
+    #[test]
+    fn a_full_line_is_raised_already() {
+        let (interrupt, line) = interrupt();
+        line.write(u64::MAX - 1).unwrap();
+        interrupt.used_buffer();
+        assert_eq!(interrupt.status(), USED_BUFFER);
+    }
+}

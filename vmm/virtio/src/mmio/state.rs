@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::ActivateError;
+use super::{MmioTransport, status};
+use crate::device::{ActivateError, VirtioDevice};
 use crate::queue::{QueueState, SetupError};
 
 /// A transport with its device, as the guest sees them. `S` is the device's own state.
@@ -95,4 +96,62 @@ pub enum StateError {
     /// No more file descriptors.
     #[error("notification event cannot be duplicated")]
     Kick(#[source] std::io::Error),
+}
+
+impl<D: VirtioDevice> MmioTransport<D> {
+    /// The state of transport and device. Only while paused.
+    pub fn save(&self) -> Result<MmioState<D::State>, StateError> {
+        if !self.paused {
+            return Err(StateError::NotPaused { device: D::NAME });
+        }
+        Ok(MmioState {
+            device_id: D::ID,
+            status: self.status,
+            needs_reset: self.interrupt.needs_reset(),
+            active: self.active,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            driver_features: self.driver_features,
+            queue_sel: self.queue_sel,
+            queues: if self.active { self.device.queues() } else { self.queues.clone() },
+            interrupt_status: self.interrupt.status(),
+            config_generation: self.interrupt.config_generation(),
+            device: self.device.save(),
+        })
+    }
+
+    /// Makes a new transport what `save` saw. It is paused then. After an error, drop it.
+    pub fn restore(&mut self, state: &MmioState<D::State>) -> Result<(), StateError> {
+        let device = D::NAME;
+        if self.status != 0 || self.active {
+            return Err(StateError::InUse { device });
+        }
+        if state.device_id != D::ID {
+            return Err(StateError::DeviceId { device, saved: state.device_id, id: D::ID });
+        }
+        let sizes = |queues: &[QueueState]| queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        let (saved, own) = (sizes(&state.queues), sizes(&self.queues));
+        if saved != own {
+            return Err(StateError::Queues { device, saved, own });
+        }
+        // Until FEATURES_OK, a driver may have written anything.
+        let agreed = if state.status & status::FEATURES_OK != 0 { state.driver_features } else { 0 };
+        let missing = agreed & !self.offered_features();
+        if missing != 0 {
+            return Err(StateError::Features { device, missing });
+        }
+
+        self.status = state.status;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features;
+        self.queue_sel = state.queue_sel;
+        self.queues.clone_from(&state.queues);
+        self.interrupt.restore(state.interrupt_status, state.needs_reset, state.config_generation);
+        let activation = if state.active { Some(self.activation()?) } else { None };
+        self.device.restore(&state.device, activation)?;
+        self.active = state.active;
+        self.paused = true;
+        Ok(())
+    }
 }

@@ -79,6 +79,14 @@ fn start<F: Fixture>(f: &mut F, event_idx: bool) -> (Guest, F::Device) {
     (guest, device)
 }
 
+/// What a driver does that gave up on a device and tries again.
+fn start_again<F: Fixture>(f: &mut F, guest: &mut Guest, device: &mut F::Device) {
+    device.reset();
+    guest.restart(&device.queue_sizes());
+    guest.activate(device).expect("a device that was reset can be activated");
+    f.prepare(guest);
+}
+
 /// More requests, one after the other, than any queue is long.
 pub fn answers_requests_past_the_end_of_its_rings<F: Fixture>(mut f: F) {
     let (mut guest, mut device) = start(&mut f, true);
@@ -229,11 +237,7 @@ pub fn bears_malformed_chains<F: Fixture>(mut f: F) {
             chain(&mut guest, queue);
             guest.kicks[queue].write(1).expect("an eventfd takes a small count");
             guest.settle(&mut device);
-
-            device.reset();
-            guest.restart(&device.queue_sizes());
-            guest.activate(&mut device).expect("a device that was reset can be activated");
-            f.prepare(&mut guest);
+            start_again(&mut f, &mut guest, &mut device);
             round(&mut f, &mut guest, &mut device, n..n + 1);
             n += 1;
         }
@@ -250,10 +254,7 @@ pub fn bears_a_wild_available_index<F: Fixture>(mut f: F) {
             guest.queues[queue].set_avail_idx(index);
             guest.kicks[queue].write(1).expect("an eventfd takes a small count");
             guest.settle(&mut device);
-            device.reset();
-            guest.restart(&device.queue_sizes());
-            guest.activate(&mut device).expect("a device that was reset can be activated");
-            f.prepare(&mut guest);
+            start_again(&mut f, &mut guest, &mut device);
             round(&mut f, &mut guest, &mut device, n..n + 1);
             n += 1;
         }
