@@ -66,6 +66,8 @@ pub async fn run(
     let ours = Fd::new(ours).map_err(LaunchError::Fork)?;
     let mut gone = reaper.watch(launcher.as_raw());
     let mut message = vec![0; MAX_MESSAGE + 1];
+    // The library's errors say what was tried, its log says on what.
+    let mut said = Vec::new();
     loop {
         let exit = tokio::select! {
             biased;
@@ -79,14 +81,25 @@ pub async fn run(
                     let pid = text.parse().map_err(|_| LaunchError::Garbled(text))?;
                     return Ok(Launched { pid, launching });
                 }
-                b'E' => return Err(LaunchError::Refused(text)),
-                b'L' => log_stream::write(Level::Warn, Source::Container, &text),
+                b'E' => return Err(LaunchError::Refused(explain(text, &said))),
+                b'L' => {
+                    log_stream::write(Level::Warn, Source::Container, &text);
+                    said.push(text);
+                }
                 _ => return Err(LaunchError::Garbled(text)),
             }
         }
         if let Some(exit) = exit {
             return Err(LaunchError::Silent(exit.status));
         }
+    }
+}
+
+/// The library's error with the first thing that it complained of, which is the deepest.
+fn explain(error: String, said: &[String]) -> String {
+    match said.first() {
+        Some(first) if !error.contains(first) => format!("{error}: {first}"),
+        _ => error,
     }
 }
 

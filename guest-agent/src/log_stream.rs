@@ -101,15 +101,16 @@ pub fn write(level: Level, source: Source, msg: &str) {
     stream.more.notify_one();
 }
 
-/// In a launcher: from now on lines go to the agent, through its packet socket.
+/// In a launcher: from now on errors go to the agent, through its packet socket. The library's warnings are not
+/// worth a line on the host: it has one for each controller that it does not know.
 pub fn divert(agent: RawFd) {
-    log::set_max_level(log::LevelFilter::Warn);
+    log::set_max_level(log::LevelFilter::Error);
     // A launcher does this once.
     let _ = STREAM.get_or_init(Stream::default).diverted.set(agent);
 }
 
 fn tell_agent(agent: RawFd, level: Level, msg: &str) {
-    if level > Level::Warn || agent < 0 {
+    if level > Level::Error {
         return;
     }
     let text = format!("L{msg}");

@@ -1,7 +1,7 @@
 //! The last steps in a container's process before its program: what `libcontainer` leaves to its executor.
 //!
 //! Its default executor is right but for two things, done here:
-//! - SIGPIPE: the Rust runtime ignores it, and an ignored signal stays ignored across exec; a container's
+//! - Signals: the Rust runtime ignores SIGPIPE, and an ignored signal stays ignored across exec; a container's
 //!   `yes | head` would never end.
 //! - Seccomp of an exec: `libcontainer` 0.7 builds an exec's `linux` section anew (`adapt_spec_for_tenant`) with no
 //!   `seccomp` in it, so that exec'd processes run unfiltered. The container's filter is loaded here instead.
@@ -65,7 +65,10 @@ impl Payload {
 
 impl Executor for Payload {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        sys::default_signal(Signal::SIGPIPE).map_err(|error| ExecutorError::Other(error.to_string()))?;
+        for signal in Signal::iterator() {
+            // Two of them cannot be handled and cannot be ignored either.
+            let _ = sys::default_signal(signal);
+        }
         self.load_filter().map_err(ExecutorError::Other)?;
         self.return_admin().map_err(|error| ExecutorError::Other(error.to_string()))?;
         DefaultExecutor {}.exec(spec)
