@@ -1,0 +1,162 @@
+//! A handle on the guest's agent: its two services, each call with a deadline, each failure with its name.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use agent_api::sandbox::{SandboxClient, SetupRequest, SetupResponse};
+use agent_api::task::{
+    CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
+    PidsRequest, PidsResponse, ResizePtyRequest, StartRequest, TaskClient, WaitRequest, WaitResponse,
+};
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+/// Why the agent did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It refused or failed; the code is its own.
+    #[error("{message}")]
+    Refused {
+        /// What it was asked.
+        call: &'static str,
+        /// Its code.
+        code: ttrpc::Code,
+        /// Its words.
+        message: String,
+    },
+    /// The connection broke: the VM is gone, or soon will be.
+    #[error("the guest agent is gone ({call}: {detail})")]
+    Gone {
+        /// What it was asked.
+        call: &'static str,
+        /// What the RPC library said.
+        detail: String,
+    },
+    /// It did not answer.
+    #[error("the guest agent did not answer {call} within {after:?}")]
+    Deadline {
+        /// What it was asked.
+        call: &'static str,
+        /// How long it had.
+        after: Duration,
+    },
+    /// Its connection cannot be used.
+    #[error("the guest agent's connection")]
+    Connection(#[source] std::io::Error),
+}
+
+/// The agent of one running VM.
+#[derive(Clone)]
+pub struct Agent {
+    task: TaskClient,
+    sandbox: SandboxClient,
+    deadline: Duration,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Takes the connection that the agent dialled. It is the server on it.
+    ///
+    /// # Errors
+    /// [`AgentError::Connection`].
+    pub fn new(socket: OwnedFd, deadline: Duration) -> Result<Self, AgentError> {
+        let socket = Socket::try_from(UnixStream::from(socket)).map_err(AgentError::Connection)?;
+        let client = Client::new(socket);
+        Ok(Agent { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client), deadline })
+    }
+
+    /// `Sandbox.Setup`.
+    pub async fn setup(&self, request: &SetupRequest) -> Result<SetupResponse, AgentError> {
+        self.within("Setup", self.sandbox.setup(self.context(), request)).await
+    }
+
+    /// `Task.Create`.
+    pub async fn create(&self, request: &CreateTaskRequest) -> Result<(), AgentError> {
+        self.within("Create", self.task.create(self.context(), request)).await.map(drop)
+    }
+
+    /// `Task.Start`.
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<(), AgentError> {
+        let mut request = StartRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.within("Start", self.task.start(self.context(), &request)).await.map(drop)
+    }
+
+    /// `Task.Exec`.
+    pub async fn exec(&self, request: &ExecProcessRequest) -> Result<(), AgentError> {
+        self.within("Exec", self.task.exec(self.context(), request)).await.map(drop)
+    }
+
+    /// `Task.Kill`.
+    pub async fn kill(&self, request: &KillRequest) -> Result<(), AgentError> {
+        self.within("Kill", self.task.kill(self.context(), request)).await.map(drop)
+    }
+
+    /// `Task.Delete`.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, AgentError> {
+        let mut request = DeleteRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.within("Delete", self.task.delete(self.context(), &request)).await
+    }
+
+    /// `Task.Wait`: as long as the process runs.
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<WaitResponse, AgentError> {
+        let mut request = WaitRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.task.wait(Context::default(), &request).await.map_err(|e| named("Wait", e))
+    }
+
+    /// `Task.Pids`.
+    pub async fn pids(&self, id: &str) -> Result<PidsResponse, AgentError> {
+        let mut request = PidsRequest::new();
+        request.id = id.to_owned();
+        self.within("Pids", self.task.pids(self.context(), &request)).await
+    }
+
+    /// `Task.ResizePty`.
+    pub async fn resize_pty(&self, request: &ResizePtyRequest) -> Result<(), AgentError> {
+        self.within("ResizePty", self.task.resize_pty(self.context(), request)).await.map(drop)
+    }
+
+    /// `Task.CloseIO`.
+    pub async fn close_io(&self, request: &CloseIORequest) -> Result<(), AgentError> {
+        self.within("CloseIO", self.task.close_io(self.context(), request)).await.map(drop)
+    }
+
+    /// The deadline, sent along so that the agent can give up too.
+    fn context(&self) -> Context {
+        with_duration(self.deadline)
+    }
+
+    async fn within<T>(
+        &self,
+        call: &'static str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        // The library's own deadline closes the whole connection when it strikes during a write; ours strikes
+        // first only in name: both are the same length.
+        match tokio::time::timeout(self.deadline, answer).await {
+            Ok(answered) => answered.map_err(|e| named(call, e)),
+            Err(_) => Err(AgentError::Deadline { call, after: self.deadline }),
+        }
+    }
+}
+
+fn named(call: &'static str, error: ttrpc::Error) -> AgentError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            AgentError::Refused { call, code: status.code(), message: status.message }
+        }
+        other => AgentError::Gone { call, detail: other.to_string() },
+    }
+}

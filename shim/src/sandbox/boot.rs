@@ -1,0 +1,358 @@
+//! From nothing to a guest whose agent answers: spawn the VMM, configure, boot, wait for the agent, set the guest up.
+//!
+//! Each stage has a deadline; a failure says which stage, why, and what the guest's console said last. When it fails,
+//! what was started is stopped before the error is returned.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use agent_api::sandbox::{SetupRequest, SetupResponse};
+use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, SHARE_TAG, STREAM_PORT};
+use tokio::sync::oneshot;
+use vmm_api::{
+    ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig, Op,
+    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+};
+
+use crate::agent::{Agent, AgentError};
+use crate::clock;
+use crate::config::Config;
+use crate::sandbox::console::Console;
+use crate::sandbox::guest_log;
+use crate::sandbox::streams::Streams;
+use crate::sandbox::timeline::Timeline;
+use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
+
+/// Kernel command line of every sandbox: the console for last words, the image as root, and an end to the machine
+/// when the kernel panics.
+pub const CMDLINE: &str =
+    "console=hvc0 quiet root=/dev/vda ro rootfstype=erofs init=/sbin/init reboot=t panic=-1";
+
+/// Bytes of entropy the guest starts with.
+const ENTROPY: usize = 64;
+
+/// What to boot.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The operator's wishes.
+    pub config: Config,
+    /// Name of the sandbox, for the VMM's log.
+    pub name: String,
+    /// Name of the guest.
+    pub hostname: String,
+}
+
+/// A running VM.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its monitor.
+    pub vmm: Vmm,
+    /// Its agent.
+    pub agent: Agent,
+    /// Streams that the guest dials.
+    pub streams: Arc<Streams>,
+    /// What its console said.
+    pub console: Console,
+}
+
+/// Where a boot can fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Opening kernel and image.
+    Files,
+    /// Starting the VMM.
+    Spawn,
+    /// Having it make the VM.
+    Configure,
+    /// Having it run.
+    Boot,
+    /// The guest's way to its agent's connection.
+    Agent,
+    /// Making the guest this sandbox.
+    Setup,
+}
+
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Stage::Files => "opening the guest's files",
+            Stage::Spawn => "starting the VMM",
+            Stage::Configure => "configuring the VM",
+            Stage::Boot => "starting the VM",
+            Stage::Agent => "waiting for the guest's agent",
+            Stage::Setup => "setting up the guest",
+        })
+    }
+}
+
+/// A VM that did not come up.
+#[derive(Debug, thiserror::Error)]
+#[error("boot failed while {stage}{}", said(.last_words))]
+pub struct BootError {
+    /// At which stage.
+    pub stage: Stage,
+    /// What the guest's console said last.
+    pub last_words: String,
+    /// Why.
+    #[source]
+    pub cause: BootCause,
+}
+
+fn said(last_words: &str) -> String {
+    if last_words.is_empty() { String::new() } else { format!(" (guest's console: {last_words:?})") }
+}
+
+/// Why a VM did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum BootCause {
+    /// A file of the guest cannot be opened.
+    #[error("{what} {path}")]
+    File {
+        /// What it is.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The guest did not get there in time.
+    #[error("no connection within {0:?}")]
+    Deadline(std::time::Duration),
+    /// A resource of this process.
+    #[error("{what}")]
+    Os {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Boots a VM. `spawned` is told the VMM's process before anything else is done with it.
+///
+/// # Errors
+/// See [`BootError`]; no VMM is left running then.
+pub async fn boot(
+    plan: &Plan,
+    slot: &mut ControlSlot,
+    timeline: &Timeline,
+    spawned: impl FnOnce(u32),
+) -> Result<Vm, BootError> {
+    let console = Console::open();
+    let at = |stage, console: Option<&Console>| {
+        let last_words = console.map(Console::last_words).unwrap_or_default();
+        move |cause: BootCause| BootError { stage, last_words, cause }
+    };
+    let (console, console_fd) = console
+        .map_err(|source| at(Stage::Files, None)(BootCause::Os { what: "a pipe for the console", source }))?;
+    let kernel = open("kernel", &plan.config.kernel).map_err(at(Stage::Files, None))?;
+    let image = open("image", &plan.config.image).map_err(at(Stage::Files, None))?;
+
+    let binary =
+        vmm::find_binary(plan.config.vmm.as_deref()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
+    let (child, socket) = vmm::spawn(&binary, slot).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
+    timeline.reached("vmm exec");
+    spawned(child.id());
+    let (vmm, events) = Vmm::adopt(child, socket).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
+
+    // From here on there is a process to stop when something fails.
+    let streams = Streams::new();
+    let fds = [kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
+    match come_up(plan, &vmm, events, &streams, &fds, timeline).await {
+        Ok(agent) => Ok(Vm { vmm, agent, streams, console }),
+        Err((stage, cause)) => {
+            let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
+            log::error!("boot failed while {stage}: the VMM {exit}");
+            Err(at(stage, Some(&console))(cause))
+        }
+    }
+}
+
+async fn come_up(
+    plan: &Plan,
+    vmm: &Vmm,
+    events: Events,
+    streams: &Arc<Streams>,
+    fds: &[BorrowedFd<'_>; 3],
+    timeline: &Timeline,
+) -> Result<Agent, (Stage, BootCause)> {
+    let config = &plan.config;
+    let limit = config.timeouts.vmm();
+    let (agent_tx, agent) = oneshot::channel();
+    tokio::spawn(dispatch(events, streams.clone(), agent_tx));
+
+    let configure = Op::Configure(Box::new(vm_config(plan)));
+    vmm.call(configure, fds, limit).await.map_err(|e| (Stage::Configure, e.into()))?;
+    let (reply, _) = vmm.call(Op::Boot, &[], limit).await.map_err(|e| (Stage::Boot, e.into()))?;
+    let Reply::Booted { timeline: stages } = reply else {
+        return Err((Stage::Boot, VmmError::Answer { op: "boot" }.into()));
+    };
+    timeline.reached_at("vmm main", stages.main_us);
+    timeline.reached_at("kvm set-up", stages.kvm_ready_us);
+    timeline.reached_at("guest loaded", stages.loaded_us);
+    timeline.reached_at("vcpu running", stages.running_us);
+
+    let boot_limit = config.timeouts.boot();
+    let connection = tokio::select! {
+        connected = tokio::time::timeout(boot_limit, agent) => match connected {
+            Ok(Ok(connection)) => connection,
+            // The dispatcher ended without it: the VMM is gone.
+            Ok(Err(_)) => return Err((Stage::Agent, gone(vmm).await)),
+            Err(_) => return Err((Stage::Agent, BootCause::Deadline(boot_limit))),
+        },
+        _ = vmm.exited() => return Err((Stage::Agent, gone(vmm).await)),
+    };
+    let ready_us = clock::monotonic_us();
+    timeline.reached_at("agent ready", ready_us);
+
+    let agent = Agent::new(connection, config.timeouts.agent()).map_err(|e| (Stage::Setup, e.into()))?;
+    let setup = setup_request(&plan.hostname)
+        .map_err(|source| (Stage::Setup, BootCause::Os { what: "reading entropy for the guest", source }))?;
+    let response = agent.setup(&setup).await.map_err(|e| (Stage::Setup, e.into()))?;
+    timeline.reached_at("kernel", init_started(&response, ready_us));
+    timeline.reached("sandbox ready");
+    log::info!(
+        "VM runs: guest kernel {}, agent {}, VMM process {}",
+        response.kernel_release,
+        response.agent_version,
+        vmm.pid()
+    );
+    Ok(agent)
+}
+
+async fn gone(vmm: &Vmm) -> BootCause {
+    VmmError::Gone(vmm.exited().await.to_string()).into()
+}
+
+/// When the guest's PID 1 began, on the host's clock: the agent measures both moments on its own.
+fn init_started(setup: &SetupResponse, ready_us: u64) -> u64 {
+    ready_us.saturating_sub(setup.ready_us.saturating_sub(setup.started_us))
+}
+
+/// Hands the guest's connections to whom they are for, until the VMM ends.
+async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sender<OwnedFd>) {
+    let mut agent = Some(agent);
+    let mut logging = false;
+    while let Some((event, mut fds)) = events.recv().await {
+        let Event::VsockAccepted { port, guest_port, socket } = event else { continue };
+        if fds.len() != 1 || socket != FdIndex(0) {
+            log::error!("the VMM announced a connection without its socket");
+            continue;
+        }
+        let connection = fds.remove(0);
+        match port {
+            AGENT_PORT => match agent.take() {
+                // Dropped with the boot that gave up.
+                Some(waiting) => drop(waiting.send(connection)),
+                None => log::warn!("the guest dialled the agent's port a second time (from {guest_port})"),
+            },
+            STREAM_PORT => streams.accept(connection),
+            LOG_PORT if !logging => {
+                logging = true;
+                tokio::spawn(guest_log::follow(connection));
+            }
+            _ => log::warn!("the guest dialled port {port}: closed"),
+        }
+    }
+}
+
+fn vm_config(plan: &Plan) -> VmConfig {
+    let config = &plan.config;
+    let cmdline = match config.cmdline.trim() {
+        "" => CMDLINE.to_owned(),
+        more => format!("{CMDLINE} {more}"),
+    };
+    VmConfig {
+        version: PROTOCOL_VERSION,
+        name: plan.name.chars().take(128).collect(),
+        vcpus: config.vcpus,
+        memory: MemoryConfig {
+            size_mib: config.memory_mib,
+            backing: if config.hugepages {
+                GuestMemoryBacking::Hugetlbfs
+            } else {
+                GuestMemoryBacking::Anonymous
+            },
+            prefault: config.prefault,
+        },
+        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true },
+        disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 }],
+        vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
+        rng: true,
+        fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
+        console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
+        serial: None,
+    }
+}
+
+fn setup_request(hostname: &str) -> std::io::Result<SetupRequest> {
+    let mut request = SetupRequest::new();
+    request.hostname = hostname.to_owned();
+    request.entropy = vec![0; ENTROPY];
+    File::open("/dev/urandom")?.read_exact(&mut request.entropy)?;
+    request.share_tag = SHARE_TAG.to_owned();
+    request.realtime_ns = clock::realtime_ns();
+    Ok(request)
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, BootCause> {
+    let file = File::open(path).and_then(|file| match file.metadata()?.is_dir() {
+        true => Err(std::io::ErrorKind::IsADirectory.into()),
+        false => Ok(file),
+    });
+    file.map_err(|source| BootCause::File { what, path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_vm_is_as_configured() {
+        let config = Config { vcpus: 2, hugepages: true, cmdline: " debug ".into(), ..Config::default() };
+        let plan = Plan { config, name: "n".repeat(300), hostname: "h".into() };
+        let vm = vm_config(&plan);
+        assert_eq!((vm.vcpus, vm.memory.size_mib, vm.name.len()), (2, 256, 128));
+        assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);
+        assert!(vm.kernel.cmdline.ends_with("panic=-1 debug"), "{}", vm.kernel.cmdline);
+        assert!(vm.disks[0].read_only);
+        assert_eq!(vm.vsock.unwrap().ports, [1024, 1025, 1026]);
+    }
+
+    #[test]
+    fn pid_1_began_before_the_agent_was_ready() {
+        let mut setup = SetupResponse::new();
+        (setup.started_us, setup.ready_us) = (30_000, 34_000);
+        assert_eq!(init_started(&setup, 1_000_000), 996_000);
+        // A guest that says nonsense does no harm.
+        (setup.started_us, setup.ready_us) = (5, u64::MAX);
+        assert_eq!(init_started(&setup, 1_000_000), 0);
+    }
+
+    #[test]
+    fn errors_say_stage_and_last_words() {
+        let error = BootError {
+            stage: Stage::Agent,
+            last_words: "Kernel panic".into(),
+            cause: BootCause::Deadline(std::time::Duration::from_secs(3)),
+        };
+        assert_eq!(
+            error.to_string(),
+            "boot failed while waiting for the guest's agent (guest's console: \"Kernel panic\")"
+        );
+        let error = open("kernel", Path::new("/nonexistent/vmlinux")).unwrap_err();
+        assert_eq!(error.to_string(), "kernel /nonexistent/vmlinux");
+        assert!(open("image", Path::new("/tmp")).is_err());
+    }
+}

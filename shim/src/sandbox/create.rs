@@ -1,0 +1,302 @@
+//! Making containers and execs: root file system, binds, configuration, streams, and then the agent's part.
+//!
+//! What fails half-way is undone. A second `Create` for the same bundle succeeds without doing anything: containerd
+//! repeats it when it was restarted in between.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::task::{CreateTaskRequest, ExecProcessRequest};
+use agent_api::{PROCESS_TYPE_URL, SHARE_PATH, SPEC_TYPE_URL};
+use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use vmm_api::{FdIndex, Op};
+
+use crate::args;
+use crate::container::io::{Copying, Fifos, Stdio, Streams};
+use crate::container::{Container, Phase, Process, rootfs, spec};
+use crate::error::TaskError;
+use crate::events::Event;
+use crate::sandbox::Sandbox;
+use crate::sandbox::boot::Vm;
+use crate::sandbox::streams::Expected;
+
+/// How long the guest has to dial a stream after it said that a process is made. It dials first, so this is for
+/// the news to overtake nothing.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Sandbox {
+    /// Makes a container; the task's process number.
+    ///
+    /// # Errors
+    /// Any [`TaskError`]; nothing of the container is left then.
+    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, TaskError> {
+        if !args::is_name(&request.id) {
+            return Err(TaskError::BadName(request.id));
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(TaskError::Unimplemented("creating a container from a checkpoint"));
+        }
+        if self.is_closing() {
+            return Err(TaskError::Closing);
+        }
+        let container = Container::new(&request.id, &request.bundle);
+        let turn = container.turn.clone().try_lock_owned().expect("a new lock is free");
+        let existing = {
+            let mut containers = self.containers.lock().expect("no code panics while it holds this lock");
+            let existing = containers.get(&request.id).cloned();
+            if existing.is_none() {
+                containers.insert(request.id.clone(), container.clone());
+            }
+            existing
+        };
+        if let Some(existing) = existing {
+            return self.create_again(&existing, &request).await;
+        }
+        let made = self.make(&container, &request).await;
+        if let Err(e) = made {
+            log::error!("creating container {}: {}", request.id, e.chain());
+            self.unshare(&container).await;
+            self.containers.lock().expect("no code panics while it holds this lock").remove(&request.id);
+            return Err(e);
+        }
+        drop(turn);
+        Ok(self.task_pid())
+    }
+
+    async fn create_again(
+        &self,
+        existing: &Container,
+        request: &CreateTaskRequest,
+    ) -> Result<u32, TaskError> {
+        let _turn = existing.turn.lock().await;
+        let same = existing.bundle == request.bundle
+            && existing.process("").is_some_and(|init| {
+                init.stdio == stdio_of_create(request) && !matches!(init.phase(), Phase::Stopped(_))
+            });
+        if same { Ok(self.task_pid()) } else { Err(TaskError::Exists(request.id.clone())) }
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        request: &CreateTaskRequest,
+    ) -> Result<(), TaskError> {
+        let id = &container.id;
+        let bundle = Path::new(&request.bundle);
+        // What can be wrong on this side comes first, before the guest is asked for anything.
+        let stdio = stdio_of_create(request);
+        let fifos = Fifos::open(&stdio)?;
+        let config_path = bundle.join("config.json");
+        let config = std::fs::read(&config_path)
+            .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
+        let mut guest = spec::for_guest(&config, id, SHARE_PATH, &format!("{SHARE_PATH}/{id}"))?;
+        for warning in &guest.warnings {
+            log::warn!("container {id}: {warning}");
+        }
+        let layers = rootfs::parse(&request.rootfs)?;
+
+        let vm = self.vm().await?;
+        let (root, read_only) = self.root(bundle, &layers, &config)?;
+        self.share(&vm, container, id, root, read_only).await?;
+        for (index, bind) in guest.binds.clone().into_iter().enumerate() {
+            let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share))?;
+            if let Some(file) = &tree.file {
+                let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
+                guest.set_bind_source(index, &in_guest);
+            }
+            self.share(&vm, container, &bind.share, tree.dir, bind.read_only).await?;
+        }
+
+        let named = Named::new(&vm, &stdio);
+        let mut to_agent = CreateTaskRequest::new();
+        to_agent.id.clone_from(id);
+        to_agent.bundle.clone_from(&request.bundle);
+        to_agent.terminal = stdio.terminal;
+        (to_agent.stdin, to_agent.stdout, to_agent.stderr) = named.names();
+        to_agent.options = MessageField::some(any(SPEC_TYPE_URL, guest.to_json()));
+        drop(guest);
+        vm.agent.create(&to_agent).await.map_err(|e| self.explained(e))?;
+        let process = Process::new("", stdio, named.copying(fifos, request.terminal).await?);
+        container.set_init(process.clone());
+        self.reached(id, "container created");
+
+        let mut event = TaskCreate::new();
+        event.container_id.clone_from(id);
+        event.bundle.clone_from(&request.bundle);
+        event.rootfs.clone_from(&request.rootfs);
+        event.pid = self.task_pid();
+        event.io = MessageField::some(TaskIO {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            ..TaskIO::default()
+        });
+        self.events.publish(&Event::Create(event));
+        self.watch_process(vm, container.clone(), process);
+        Ok(())
+    }
+
+    /// The container's root directory, and whether it may only be read.
+    fn root(
+        &self,
+        bundle: &Path,
+        layers: &[rootfs::Layer],
+        config: &[u8],
+    ) -> Result<(OwnedFd, bool), TaskError> {
+        if layers.is_empty() {
+            // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
+            let path = bundle.join(spec::Overview::parse(config)?.root.path);
+            let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
+            return Ok((rootfs::assemble(&[layer], bundle)?, false));
+        }
+        let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
+        Ok((root, layers.iter().any(rootfs::Layer::read_only)))
+    }
+
+    /// Shows a directory to the guest.
+    async fn share(
+        &self,
+        vm: &Vm,
+        container: &Container,
+        name: &str,
+        dir: OwnedFd,
+        read_only: bool,
+    ) -> Result<(), TaskError> {
+        let mount = Op::FsMount { at: name.to_owned(), dir: FdIndex(0), read_only };
+        vm.vmm.call(mount, &[dir.as_fd()], self.config.timeouts.vmm()).await?;
+        container.add_share(name);
+        Ok(())
+    }
+
+    /// Takes the container's directories back from the guest.
+    pub(super) async fn unshare(&self, container: &Container) {
+        for name in container.take_shares() {
+            if let Some(vm) = self.running_vm() {
+                let unmount = Op::FsUnmount { at: name.clone() };
+                if let Err(e) = vm.vmm.call(unmount, &[], self.config.timeouts.vmm()).await {
+                    log::warn!("taking share {name} back: {}", crate::error::chain(&e));
+                }
+            }
+            let stage = self.bind_stage(&name);
+            if stage.exists()
+                && let Err(e) = std::fs::remove_dir_all(&stage)
+            {
+                log::warn!("{}: {e}", stage.display());
+            }
+        }
+    }
+
+    fn bind_stage(&self, share: &str) -> PathBuf {
+        self.state_dir.join("binds").join(share)
+    }
+
+    /// Makes an exec.
+    ///
+    /// # Errors
+    /// Any [`TaskError`]; nothing of the exec is left then.
+    pub async fn exec(self: &Arc<Self>, request: ExecProcessRequest) -> Result<(), TaskError> {
+        if !args::is_name(&request.exec_id) {
+            return Err(TaskError::BadName(request.exec_id));
+        }
+        let (container, init) = self.process(&request.id, "")?;
+        match init.phase() {
+            Phase::Running => {}
+            phase => return Err(TaskError::Phase { what: "add an exec to", phase: phase.name() }),
+        }
+        if container.process(&request.exec_id).is_some() {
+            return Err(TaskError::Exists(request.exec_id));
+        }
+        let spec = request.spec.as_ref().ok_or(TaskError::Request("the exec has no process"))?;
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let fifos = Fifos::open(&stdio)?;
+        let vm = self.running_vm().ok_or(TaskError::Finished)?;
+        let named = Named::new(&vm, &stdio);
+        let mut to_agent = ExecProcessRequest::new();
+        to_agent.id.clone_from(&request.id);
+        to_agent.exec_id.clone_from(&request.exec_id);
+        to_agent.terminal = request.terminal;
+        (to_agent.stdin, to_agent.stdout, to_agent.stderr) = named.names();
+        to_agent.spec = MessageField::some(any(PROCESS_TYPE_URL, spec.value.clone()));
+        vm.agent.exec(&to_agent).await.map_err(|e| self.explained(e))?;
+        let process = Process::new(&request.exec_id, stdio, named.copying(fifos, request.terminal).await?);
+        if !container.add_exec(process.clone()) {
+            return Err(TaskError::Exists(request.exec_id));
+        }
+        let mut event = TaskExecAdded::new();
+        event.container_id = request.id;
+        event.exec_id = request.exec_id;
+        self.events.publish(&Event::ExecAdded(event));
+        self.watch_process(vm, container, process);
+        Ok(())
+    }
+}
+
+/// The streams of a process under the names that the agent is told.
+struct Named {
+    stdin: Option<Expected>,
+    stdout: Option<Expected>,
+    stderr: Option<Expected>,
+}
+
+impl Named {
+    /// Invents what `stdio` asks for. A terminal is one stream, whatever containerd names.
+    fn new(vm: &Vm, stdio: &Stdio) -> Self {
+        let wanted = |uri: &str| (!uri.is_empty()).then(|| vm.streams.expect());
+        if stdio.terminal {
+            return Named { stdin: None, stdout: Some(vm.streams.expect()), stderr: None };
+        }
+        Named { stdin: wanted(&stdio.stdin), stdout: wanted(&stdio.stdout), stderr: wanted(&stdio.stderr) }
+    }
+
+    /// stdin, stdout and stderr for the agent.
+    fn names(&self) -> (String, String, String) {
+        let name = |stream: &Option<Expected>| stream.as_ref().map(|s| s.id.to_string()).unwrap_or_default();
+        (name(&self.stdin), name(&self.stdout), name(&self.stderr))
+    }
+
+    /// Waits for the guest to have dialled, and copies from then on.
+    async fn copying(self, fifos: Fifos, terminal: bool) -> Result<Copying, TaskError> {
+        let streams = Streams {
+            stdin: dialled("stdin", self.stdin).await?,
+            stdout: dialled("stdout", self.stdout).await?,
+            stderr: dialled("stderr", self.stderr).await?,
+        };
+        Copying::start(fifos, streams, terminal).map_err(TaskError::Watch)
+    }
+}
+
+async fn dialled(
+    name: &'static str,
+    stream: Option<Expected>,
+) -> Result<Option<std::os::unix::net::UnixStream>, TaskError> {
+    match stream {
+        None => Ok(None),
+        Some(stream) => stream.connection(STREAM_TIMEOUT).await.map(Some).ok_or(TaskError::Stream(name)),
+    }
+}
+
+fn stdio_of_create(request: &CreateTaskRequest) -> Stdio {
+    Stdio {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    }
+}
+
+fn any(type_url: &str, value: Vec<u8>) -> Any {
+    let mut any = Any::new();
+    any.type_url = type_url.to_owned();
+    any.value = value;
+    any
+}

@@ -1,0 +1,291 @@
+//! One sandbox: a VM, its containers, and what becomes of them.
+//!
+//! The VM is booted when the serving process starts, while containerd is still connecting; the first `Create` waits
+//! for it. Everything on the host that belongs to the sandbox is in its state file before it exists.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock;
+use crate::config::Config;
+use crate::container::spec::Overview;
+use crate::container::{Container, Process};
+use crate::error::TaskError;
+use crate::events::Publisher;
+use crate::sandbox::boot::{BootError, Plan, Vm};
+use crate::sandbox::state_file::{ProcessId, State};
+use crate::sandbox::timeline::Timeline;
+use crate::vmm::ControlSlot;
+
+pub mod boot;
+pub mod cgroup;
+pub mod console;
+pub mod create;
+pub mod guest_log;
+pub mod lifecycle;
+pub mod state_file;
+pub mod streams;
+pub mod timeline;
+
+/// The sandbox of this process.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id, that of its first container.
+    pub id: String,
+    /// The operator's wishes, changed by the pod's annotations.
+    pub config: Config,
+    /// Events to containerd.
+    pub events: Arc<Publisher>,
+    /// When what happened.
+    pub timeline: Timeline,
+    state_dir: PathBuf,
+    state: Mutex<State>,
+    vm: watch::Sender<Progress>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    closing: watch::Sender<Closing>,
+}
+
+/// How far the end of the sandbox is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    /// Not asked for.
+    No,
+    /// The VM is being stopped and the files removed.
+    Asked,
+    /// Nothing is left but this process.
+    Done,
+}
+
+/// How far the VM is.
+#[derive(Debug, Clone)]
+enum Progress {
+    Booting,
+    Up(Arc<Vm>),
+    Failed(Arc<BootError>),
+}
+
+impl Sandbox {
+    /// A sandbox without a VM yet; its state file is written.
+    ///
+    /// # Errors
+    /// When the state file cannot be written.
+    pub fn new(
+        namespace: &str,
+        id: &str,
+        config: Config,
+        state_dir: &Path,
+        socket: &Path,
+        events: Arc<Publisher>,
+    ) -> std::io::Result<Arc<Self>> {
+        let state = State {
+            shim: ProcessId::of(std::process::id()),
+            vmm: None,
+            socket: socket.to_owned(),
+            cgroup: None,
+        };
+        state.write(state_dir)?;
+        let timeline = Timeline::new(state_dir, config.timeline_dir.as_deref(), namespace, id);
+        Ok(Arc::new(Sandbox {
+            id: id.to_owned(),
+            config,
+            events,
+            timeline,
+            state_dir: state_dir.to_owned(),
+            state: Mutex::new(state),
+            vm: watch::Sender::new(Progress::Booting),
+            containers: Mutex::default(),
+            closing: watch::Sender::new(Closing::No),
+        }))
+    }
+
+    /// Boots the VM. To be called once.
+    pub async fn boot(self: &Arc<Self>, overview: &Overview, slot: &mut ControlSlot) {
+        let hostname = Some(overview.hostname.as_str()).filter(|h| !h.is_empty()).unwrap_or(&self.id);
+        let plan = Plan {
+            config: self.config.clone(),
+            name: self.id.clone(),
+            // Linux' HOST_NAME_MAX is 64.
+            hostname: hostname.chars().take(63).collect(),
+        };
+        let group = cgroup::directory(&overview.linux.cgroups_path).filter(|_| self.config.host_cgroup);
+        let spawned = |pid| {
+            self.change_state(|state| {
+                state.vmm = ProcessId::of(pid);
+                state.cgroup.clone_from(&group);
+            });
+            if let Some(group) = &group
+                && let Err(e) = cgroup::enter(group, pid)
+            {
+                log::warn!("the VMM stays outside control group {}: {e}", group.display());
+            }
+            // The pod's own score, not the daemon's protection. Lowering it may be forbidden, and is then left.
+            let score = overview.process.oom_score_adj.unwrap_or(0);
+            if let Err(e) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+                log::debug!("oom_score_adj {score} of the VMM: {e}");
+            }
+        };
+        match boot::boot(&plan, slot, &self.timeline, spawned).await {
+            Ok(vm) => {
+                let vm = Arc::new(vm);
+                self.vm.send_replace(Progress::Up(vm.clone()));
+                tokio::spawn(self.clone().watch_vm(vm));
+            }
+            Err(e) => {
+                log::error!("{}", crate::error::chain(&e));
+                self.vm.send_replace(Progress::Failed(Arc::new(e)));
+            }
+        }
+    }
+
+    /// Waits for the VM to be up.
+    ///
+    /// # Errors
+    /// [`TaskError::Boot`] when it did not come up, [`TaskError::Vmm`] when it is gone since.
+    pub async fn vm(&self) -> Result<Arc<Vm>, TaskError> {
+        let mut progress = self.vm.subscribe();
+        loop {
+            match &*progress.borrow_and_update() {
+                Progress::Booting => {}
+                Progress::Up(vm) => return Ok(vm.clone()),
+                Progress::Failed(error) => return Err(error.clone().into()),
+            }
+            progress.changed().await.map_err(|_| TaskError::Closing)?;
+        }
+    }
+
+    /// The VM, if it is up and has not ended.
+    pub fn running_vm(&self) -> Option<Arc<Vm>> {
+        match &*self.vm.borrow() {
+            Progress::Up(vm) if vm.vmm.exit().is_none() => Some(vm.clone()),
+            _ => None,
+        }
+    }
+
+    /// What containerd takes for the task's process: the VMM's number, which names a process of this host. A number
+    /// of the guest's would name some other process here, or none.
+    pub fn task_pid(&self) -> u32 {
+        match &*self.vm.borrow() {
+            Progress::Up(vm) => vm.vmm.pid(),
+            _ => 0,
+        }
+    }
+
+    /// Logs how the VM ended, and ends what never ran: the rest is told by its own watcher.
+    async fn watch_vm(self: Arc<Self>, vm: Arc<Vm>) {
+        let exit = vm.vmm.exited().await;
+        if self.is_closing() {
+            return;
+        }
+        let words = vm.console.last_words();
+        if words.is_empty() {
+            log::warn!("the VM ended: {exit}");
+        } else {
+            log::warn!("the VM ended: {exit}; its console's last words: {words:?}");
+        }
+        for container in self.containers() {
+            log::warn!("container {} ended with its VM: {exit}", container.id);
+        }
+    }
+
+    /// The container of that name.
+    ///
+    /// # Errors
+    /// [`TaskError::NoContainer`].
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let containers = self.containers.lock().expect("no code panics while it holds this lock");
+        containers.get(id).cloned().ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+    }
+
+    /// The container and the process that a request means.
+    ///
+    /// # Errors
+    /// [`TaskError::NoContainer`] and [`TaskError::NoExec`].
+    pub fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), TaskError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id).ok_or_else(|| match exec_id {
+            "" => TaskError::NoContainer(id.to_owned()),
+            exec => TaskError::NoExec { container: id.to_owned(), exec: exec.to_owned() },
+        })?;
+        Ok((container, process))
+    }
+
+    fn containers(&self) -> Vec<Arc<Container>> {
+        self.containers.lock().expect("no code panics while it holds this lock").values().cloned().collect()
+    }
+
+    fn change_state(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock().expect("no code panics while it holds this lock");
+        change(&mut state);
+        if let Err(e) = state.write(&self.state_dir) {
+            log::error!("state file in {}: {e}", self.state_dir.display());
+        }
+    }
+
+    /// Ends the sandbox if no container is left in it, or `now`. Everything of it on the host is gone when this
+    /// returns, save this process. Says whether it ended.
+    pub async fn shutdown(&self, now: bool) -> bool {
+        let left = self.containers.lock().expect("no code panics while it holds this lock").len();
+        if left > 0 && !now {
+            log::debug!("shutdown: {left} container(s) left");
+            return false;
+        }
+        // Before the VM ends, so that its end is no news.
+        if self.closing.send_replace(Closing::Asked) != Closing::No {
+            return true;
+        }
+        // A boot on its way is given a moment; after that the end of the lease ends the VM.
+        let vm = tokio::time::timeout(Duration::from_secs(1), self.vm()).await;
+        if let Ok(Ok(vm)) = vm {
+            let exit = vm.vmm.stop(self.config.timeouts.shutdown()).await;
+            log::info!("VM stopped: {exit}");
+        }
+        let state = self.state.lock().expect("no code panics while it holds this lock").clone();
+        if let Err(e) = remove_leftovers(&state, &self.state_dir) {
+            log::warn!("cleaning up: {e}");
+        }
+        log::info!("timeline {}", self.timeline.to_json());
+        self.closing.send_replace(Closing::Done);
+        true
+    }
+
+    /// Waits for [`Sandbox::shutdown`] to be done.
+    pub async fn closed(&self) {
+        let mut closing = self.closing.subscribe();
+        // The sender is in `self`, so this cannot fail before it is done.
+        let _ = closing.wait_for(|closing| *closing == Closing::Done).await;
+    }
+
+    /// Whether the sandbox is on its way out.
+    fn is_closing(&self) -> bool {
+        *self.closing.borrow() != Closing::No
+    }
+
+    /// Notes a stage of the container that gave the sandbox its name; of others with their ids.
+    fn reached(&self, container: &str, stage: &str) {
+        let at = clock::monotonic_us();
+        if container == self.id {
+            self.timeline.reached_at(stage, at);
+        } else {
+            self.timeline.reached_at(&format!("{stage} ({container})"), at);
+        }
+        self.timeline.save();
+    }
+}
+
+/// Removes the files of a sandbox whose processes have ended: socket, control group, state directory.
+///
+/// # Errors
+/// The first that failed; the others are tried all the same.
+pub fn remove_leftovers(state: &State, state_dir: &Path) -> std::io::Result<()> {
+    let socket = match std::fs::remove_file(&state.socket) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    };
+    let group = state.cgroup.as_deref().map_or(Ok(()), cgroup::remove);
+    let dir = state_file::remove_dir(state_dir);
+    socket.and(group).and(dir)
+}

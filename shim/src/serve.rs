@@ -1,0 +1,89 @@
+//! The serving process: one sandbox, from its boot to containerd's `Shutdown`.
+//!
+//! Standard input is the listening socket, which `start` bound; standard error is the bundle's log. One thread.
+
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::args::Args;
+use crate::config::Config;
+use crate::container::spec::Overview;
+use crate::events::Publisher;
+use crate::sandbox::Sandbox;
+use crate::vmm::ControlSlot;
+use crate::{clock, logger, paths, service};
+
+/// How long the answer to `Shutdown` and the last events have to leave.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
+const LAST_EVENTS: Duration = Duration::from_secs(3);
+
+/// Serves until `Shutdown`.
+///
+/// # Errors
+/// When it cannot begin to.
+pub fn run(args: &Args) -> Result<()> {
+    // First: the lowest free descriptors are given out from here on.
+    let slot = ControlSlot::reserve().context("reserving a descriptor")?;
+    let serving_us = clock::monotonic_us();
+    // Out of containerd's session, so that no terminal's signal reaches us. Fails where `start` did it already.
+    let _ = rustix::process::setsid();
+    let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned().context("the socket")?);
+    let null = std::fs::File::open("/dev/null").context("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null).context("standard input")?;
+    let socket = listener.local_addr().context("the socket's name")?;
+    let socket = socket.as_pathname().context("the socket has no name")?.to_owned();
+
+    let overview = Overview::parse(&std::fs::read("config.json").context("config.json")?)?;
+    let mut config = Config::load(args.config.as_deref())?;
+    config.apply_annotations(&overview.annotations)?;
+    let level = if args.debug { log::LevelFilter::Debug } else { config.log_level.into() };
+    logger::install(logger::open(Path::new(".")), &args.id, level);
+    // A bundle's directory is removed while we still run.
+    std::env::set_current_dir("/").context("entering /")?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")?;
+    let result = runtime.block_on(serve(args, listener, &socket, config, overview, slot, serving_us));
+    if let Err(e) = &result {
+        log::error!("{e:#}");
+    }
+    // Tasks that still wait for something (a stream, a sleep) end with the process.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(
+    args: &Args,
+    listener: UnixListener,
+    socket: &Path,
+    config: Config,
+    overview: Overview,
+    mut slot: ControlSlot,
+    serving_us: u64,
+) -> Result<()> {
+    let state_dir = paths::state_dir(&args.namespace, &args.id);
+    let daemon = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let events = Publisher::start(&daemon, &args.namespace);
+    let sandbox = Sandbox::new(&args.namespace, &args.id, config, &state_dir, socket, events.clone())
+        .with_context(|| format!("state in {}", state_dir.display()))?;
+    sandbox.timeline.reached_at("shim start", args.started_us);
+    sandbox.timeline.reached_at("shim serving", serving_us);
+
+    let mut server = Server::new().add_listener(Listener::try_from(listener).context("the socket")?);
+    for table in service::services(&sandbox) {
+        server = server.register_service(table);
+    }
+    server.start().await.context("serving")?;
+    let booting = sandbox.clone();
+    tokio::spawn(async move { booting.boot(&overview, &mut slot).await });
+
+    sandbox.closed().await;
+    events.flush(LAST_EVENTS).await;
+    tokio::time::sleep(LAST_ANSWER).await;
+    Ok(())
+}

@@ -1,0 +1,312 @@
+//! A VMM without a VM, and an agent without a guest, in one process: what is on the other side of the shim.
+//!
+//! The shim starts it like `ctvm-vmm`, with the control socket on descriptor 3. What it should do is in the first
+//! word of the container's command:
+//!
+//! | command | does |
+//! | --- | --- |
+//! | `exit N` | ends with that code |
+//! | `say OUT ERR N` | writes to both outputs, ends |
+//! | `cat` | copies stdin to stdout until it ends |
+//! | `read FILE` | writes the content of a file below the container's root |
+//! | `sleep` | runs until it is killed |
+//! | `missing` | cannot be started |
+//!
+//! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`.
+
+use std::collections::HashMap;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use agent_api::sandbox::{Sandbox, SetupRequest, SetupResponse, create_sandbox};
+use agent_api::stream::StreamId;
+use agent_api::task::{
+    CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
+    KillRequest, PidsRequest, PidsResponse, ProcessInfo, StartRequest, StartResponse, Task, WaitRequest,
+    WaitResponse, create_task,
+};
+use agent_api::{AGENT_PORT, LOG_PORT, STREAM_PORT};
+use async_trait::async_trait;
+use tokio::sync::watch;
+use ttrpc::r#async::{Server, TtrpcContext};
+use ttrpc::asynchronous::transport::{Listener, Socket};
+use vmm_api::frame::{self, FrameError};
+use vmm_api::{
+    ApiError, CONTROL_FD, ErrorCode, Event, ExitReason, FdIndex, Message, Op, Outcome, Reply, Request,
+    Timeline,
+};
+
+/// Directories that the shim shows to the guest, by name.
+type Shares = Arc<Mutex<HashMap<String, OwnedFd>>>;
+
+/// Runs until the lease ends.
+pub fn run() -> ! {
+    // SAFETY: the shim starts this process with the control socket on that descriptor and nothing else in it owns it.
+    let control = Arc::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    let shares = Shares::default();
+    let mut fault = String::new();
+    let mut console = None;
+    loop {
+        let packet = match frame::recv(&*control) {
+            Ok(packet) => packet,
+            Err(FrameError::Closed) => std::process::exit(10),
+            Err(e) => panic!("{e}"),
+        };
+        let Request { id, op } = serde_json::from_slice(&packet.bytes).expect("a request");
+        let mut fds = packet.fds;
+        let outcome = match op {
+            Op::Configure(config) => {
+                assert_eq!(fds.len(), 3, "kernel, image, console");
+                console = fds.pop();
+                let word = config.kernel.cmdline.split(' ').find_map(|w| w.strip_prefix("fake="));
+                word.unwrap_or_default().clone_into(&mut fault);
+                if fault == "refuse" {
+                    Outcome::Err(ApiError::msg(ErrorCode::FailedPrecondition, "no /dev/kvm on this host"))
+                } else {
+                    Outcome::Ok(Reply::Done)
+                }
+            }
+            Op::Boot => {
+                let timeline =
+                    Timeline { main_us: 1, configure_us: 2, kvm_ready_us: 3, ..Timeline::default() };
+                Outcome::Ok(Reply::Booted { timeline })
+            }
+            Op::FsMount { at, .. } => {
+                shares.lock().unwrap().insert(at, fds.remove(0));
+                Outcome::Ok(Reply::Done)
+            }
+            Op::FsUnmount { at } => match shares.lock().unwrap().remove(&at) {
+                Some(_) => Outcome::Ok(Reply::Done),
+                None => Outcome::Err(ApiError::msg(ErrorCode::NotFound, at)),
+            },
+            Op::Shutdown => Outcome::Ok(Reply::Done),
+            other => Outcome::Err(ApiError::msg(ErrorCode::Internal, format!("{other:?}"))),
+        };
+        let booted = matches!(outcome, Outcome::Ok(Reply::Booted { .. }));
+        let stops = serde_json::from_slice::<Request>(&packet.bytes).is_ok_and(|r| r.op == Op::Shutdown);
+        tell(&control, &Message::Reply { id, outcome });
+        if stops {
+            tell(&control, &Message::Event(Event::Exiting { reason: ExitReason::Shutdown }));
+            std::process::exit(0);
+        }
+        if booted {
+            match fault.as_str() {
+                "mute" => {
+                    let console = console.as_ref().expect("configured");
+                    rustix::io::write(console, b"\rrandom: crng init done\r\n").unwrap();
+                }
+                "panic" => {
+                    let last_words = "[    0.1] Kernel panic - not syncing: no init".to_owned();
+                    tell(
+                        &control,
+                        &Message::Event(Event::Exiting { reason: ExitReason::GuestPanic { last_words } }),
+                    );
+                    std::process::exit(11);
+                }
+                "crash" => std::process::abort(),
+                _ => {
+                    let (control, shares) = (control.clone(), shares.clone());
+                    std::thread::spawn(move || agent(control, shares));
+                }
+            }
+        }
+    }
+}
+
+fn tell(control: &OwnedFd, message: &Message) {
+    // A shim that is gone is seen at the next receive.
+    let _ = frame::send(control, &serde_json::to_vec(message).unwrap(), &[]);
+}
+
+/// Dials a host port: our end of the connection.
+fn dial(control: &OwnedFd, port: u32) -> UnixStream {
+    let (guest, host) = UnixStream::pair().unwrap();
+    let event = Message::Event(Event::VsockAccepted { port, guest_port: 1, socket: FdIndex(0) });
+    let _ = frame::send(control, &serde_json::to_vec(&event).unwrap(), &[host.as_fd()]);
+    guest
+}
+
+fn agent(control: Arc<OwnedFd>, shares: Shares) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async move {
+        let mut log = dial(&control, LOG_PORT);
+        log.write_all(b"{\"level\":\"info\",\"source\":\"agent\",\"msg\":\"fake agent up\"}\n").unwrap();
+        let socket = Socket::try_from(dial(&control, AGENT_PORT)).unwrap();
+        let connections = async_stream(socket);
+        let fake = Arc::new(Fake { control, shares, processes: Mutex::default() });
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_task(fake.clone()))
+            .register_service(create_sandbox(fake));
+        server.start().await.unwrap();
+        std::future::pending::<()>().await;
+        drop(log);
+    });
+}
+
+/// One connection, and no end.
+fn async_stream(socket: Socket) -> impl futures::Stream<Item = std::io::Result<Socket>> + Send + 'static {
+    use futures::StreamExt as _;
+    futures::stream::iter([Ok(socket)]).chain(futures::stream::pending())
+}
+
+struct Fake {
+    control: Arc<OwnedFd>,
+    shares: Shares,
+    processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+}
+
+struct Process {
+    container: String,
+    args: Vec<String>,
+    streams: Mutex<[Option<UnixStream>; 3]>,
+    exit: watch::Sender<Option<u32>>,
+}
+
+impl Fake {
+    fn add(&self, id: &str, exec_id: &str, args: Vec<String>, names: [&str; 3]) {
+        let streams = names.map(|name| {
+            let id = StreamId::from_name(name).expect("a stream name")?;
+            let mut stream = dial(&self.control, STREAM_PORT);
+            stream.write_all(&id.hello()).unwrap();
+            Some(stream)
+        });
+        let process = Process {
+            container: id.to_owned(),
+            args,
+            streams: Mutex::new(streams),
+            exit: watch::Sender::new(None),
+        };
+        self.processes.lock().unwrap().insert((id.to_owned(), exec_id.to_owned()), Arc::new(process));
+    }
+
+    fn find(&self, id: &str, exec_id: &str) -> ttrpc::Result<Arc<Process>> {
+        let found = self.processes.lock().unwrap().get(&(id.to_owned(), exec_id.to_owned())).cloned();
+        found.ok_or_else(|| refused(ttrpc::Code::NOT_FOUND, "no such process in the guest"))
+    }
+}
+
+fn refused(code: ttrpc::Code, text: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+}
+
+fn args_of(process: &serde_json::Value) -> Vec<String> {
+    serde_json::from_value(process["args"].clone()).expect("process.args")
+}
+
+impl Process {
+    fn end(&self, status: u32) {
+        *self.streams.lock().unwrap() = [None, None, None];
+        self.exit.send_if_modified(|exit| {
+            let first = exit.is_none();
+            exit.get_or_insert(status);
+            first
+        });
+    }
+
+    fn run(&self, shares: &Shares) {
+        let [stdin, stdout, stderr] =
+            self.streams.lock().unwrap().each_ref().map(|s| s.as_ref().map(|s| s.try_clone().unwrap()));
+        let write = |stream: Option<UnixStream>, text: &[u8]| {
+            if let Some(mut stream) = stream {
+                stream.write_all(text).unwrap();
+            }
+        };
+        let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
+        let status = match args.as_slice() {
+            ["exit", code] => code.parse().unwrap(),
+            ["say", out, err, code] => {
+                write(stdout, out.as_bytes());
+                write(stderr, err.as_bytes());
+                code.parse().unwrap()
+            }
+            ["cat"] => {
+                std::io::copy(&mut stdin.unwrap(), &mut stdout.unwrap()).unwrap();
+                0
+            }
+            ["read", file] => {
+                let shares = shares.lock().unwrap();
+                let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+                let file =
+                    rustix::fs::openat(&shares[&self.container], *file, flags, rustix::fs::Mode::empty());
+                let mut text = String::new();
+                std::fs::File::from(file.unwrap()).read_to_string(&mut text).unwrap();
+                write(stdout, text.as_bytes());
+                0
+            }
+            _ => return,
+        };
+        self.end(status);
+    }
+}
+
+#[async_trait]
+impl Sandbox for Fake {
+    async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        assert_eq!((request.share_tag.as_str(), request.entropy.len()), ("ctvm", 64));
+        assert!(request.realtime_ns > 0 && !request.hostname.is_empty());
+        let mut response = SetupResponse::new();
+        response.kernel_release = "0.0-fake".into();
+        Ok(response)
+    }
+}
+
+#[async_trait]
+impl Task for Fake {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let spec: serde_json::Value =
+            serde_json::from_slice(&request.options.value).expect("a configuration");
+        assert_eq!(spec["root"]["path"], format!("/run/ctvm/share/{}", request.id));
+        assert!(self.shares.lock().unwrap().contains_key(&request.id), "the root is shown first");
+        let args = args_of(&spec["process"]);
+        self.add(&request.id, "", args, [&request.stdin, &request.stdout, &request.stderr]);
+        Ok(CreateTaskResponse::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let process: serde_json::Value = serde_json::from_slice(&request.spec.value).expect("a process");
+        let names = [&*request.stdin, &*request.stdout, &*request.stderr];
+        self.add(&request.id, &request.exec_id, args_of(&process), names);
+        Ok(Empty::new())
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let process = self.find(&request.id, &request.exec_id)?;
+        if process.args[0] == "missing" {
+            process.end(255);
+            return Err(refused(ttrpc::Code::INVALID_ARGUMENT, "exec \"missing\": no such file"));
+        }
+        let shares = self.shares.clone();
+        std::thread::spawn(move || process.run(&shares));
+        Ok(StartResponse::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.find(&request.id, &request.exec_id)?;
+        let mut exit = process.exit.subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().expect("waited for");
+        Ok(WaitResponse { exit_status: status, ..Default::default() })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        self.find(&request.id, &request.exec_id)?.end(128 + request.signal);
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let process = ProcessInfo { pid: 42, ..Default::default() };
+        Ok(PidsResponse { processes: vec![process], ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        self.find(&request.id, &request.exec_id)?.end(128 + 9);
+        self.processes.lock().unwrap().remove(&(request.id, request.exec_id));
+        Ok(DeleteResponse::new())
+    }
+}
