@@ -1,11 +1,16 @@
 //! Compiles the system call filters of `seccomp/*.json` to BPF, once to end the process on a breach and once to log it.
+//!
+//! Each rule is compiled by seccompiler; the search for the rule is ours. When a filter is installed, the host's kernel
+//! runs it once for every system call there is, to know which ones it may always allow: down seccompiler's list of
+//! comparisons that took 0.7 to 1.4 ms a thread in exact time, down a tree a twentieth of it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs};
 
-use seccompiler::{BpfMap, TargetArch, compile_from_json};
+use seccompiler::{BpfProgram, TargetArch, compile_from_json, sock_filter};
+use serde_json::{Value, json};
 
 fn main() {
     let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("filters.rs");
@@ -14,37 +19,114 @@ fn main() {
         let path = format!("seccomp/{role}.json");
         println!("cargo::rerun-if-changed={path}");
         let rules = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-        for (mode, action) in [("ENFORCE", "trap"), ("LOG", "log")] {
-            let filters = compile(&rules, action).unwrap_or_else(|e| panic!("{path}: {e}"));
-            let name = format!("{}_{mode}", role.to_ascii_uppercase());
-            writeln!(source, "static {name}: [sock_filter; {}] = [", filters["thread"].len())
-                .expect("a string");
-            for op in &filters["thread"] {
-                let (code, jt, jf, k) = (op.code, op.jt, op.jf, op.k);
-                writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")
-                    .expect("a string");
-            }
-            source.push_str("];\n");
+        let rules = parse(&rules).unwrap_or_else(|e| panic!("{path}: {e}"));
+        for (mode, otherwise) in [("ENFORCE", "trap"), ("LOG", "log")] {
+            let filter = compile(&rules, otherwise).unwrap_or_else(|e| panic!("{path}: {e}"));
+            write_static(&mut source, &format!("{}_{mode}", role.to_ascii_uppercase()), &filter);
         }
     }
     fs::write(out, source).expect("OUT_DIR is ours to write");
 }
 
-/// `rules` is a list of what is allowed: calls, each with the reason it is there.
-fn compile(rules: &str, otherwise: &str) -> Result<BpfMap, String> {
-    let rules: serde_json::Value = serde_json::from_str(rules).map_err(|e| e.to_string())?;
-    for rule in rules.as_array().ok_or("a list of rules is wanted")? {
-        let reason = rule.get("comment").and_then(|c| c.as_str()).unwrap_or_default();
-        if reason.is_empty() {
+fn write_static(source: &mut String, name: &str, filter: &[sock_filter]) {
+    writeln!(source, "static {name}: [sock_filter; {}] = [", filter.len()).expect("a string");
+    for sock_filter { code, jt, jf, k } in filter {
+        writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")
+            .expect("a string");
+    }
+    source.push_str("];\n");
+}
+
+/// A list of what is allowed: calls, some with conditions, each with the reason it is there.
+fn parse(text: &str) -> Result<Vec<Value>, String> {
+    let rules: Vec<Value> = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    for rule in &rules {
+        if rule["comment"].as_str().is_none_or(str::is_empty) {
             return Err(format!("{rule} does not say whom it is for"));
         }
     }
-    let filter = HashMap::from([(
-        "thread",
-        serde_json::json!({ "mismatch_action": otherwise, "match_action": "allow", "filter": rules }),
-    )]);
-    let json = serde_json::to_vec(&filter).expect("it came from JSON");
+    Ok(rules)
+}
+
+// Instructions (Linux, Documentation/networking/filter.rst) and places in `seccomp_data` (seccomp(2)).
+const LOAD_WORD: u16 = 0x20;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const JUMP_IF_AT_LEAST: u16 = 0x35;
+const RETURN: u16 = 0x06;
+const CALL_NUMBER: u32 = 0;
+/// What seccompiler's filters begin with: is it our architecture, if not end the process.
+const PROLOGUE: usize = 3;
+
+/// What is done about a call: allowed, or decided by its arguments.
+enum Verdict {
+    Allow,
+    Ask(BpfProgram),
+}
+
+fn compile(rules: &[Value], otherwise: &str) -> Result<BpfProgram, String> {
+    let mut by_call: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
+    for rule in rules {
+        by_call.entry(rule["syscall"].as_str().ok_or("a rule without syscall")?).or_default().push(rule);
+    }
+    let mut verdicts = BTreeMap::new();
+    let mut prologue = BpfProgram::new();
+    for (call, rules) in by_call {
+        let alone = compile_alone(&rules, otherwise)?;
+        prologue = alone[..PROLOGUE].to_vec();
+        let number = alone[PROLOGUE..].iter().find(|op| op.code == JUMP_IF_EQUAL).ok_or("no comparison")?.k;
+        match rules.iter().filter(|rule| rule.get("args").is_none()).count() {
+            0 => verdicts.insert(number, Verdict::Ask(alone)),
+            1 if rules.len() == 1 => verdicts.insert(number, Verdict::Allow),
+            _ => return Err(format!("{call} is there more than once")),
+        };
+    }
+    let denied = compile_alone(&[&json!({ "syscall": "exit" })], otherwise)?;
+    let deny = denied.last().expect("a filter ends with what is otherwise");
+    let mut filter = prologue;
+    filter.push(sock_filter { code: LOAD_WORD, jt: 0, jf: 0, k: CALL_NUMBER });
+    filter.extend(search(&verdicts.into_iter().collect::<Vec<_>>(), deny)?);
+    Ok(filter)
+}
+
+/// seccompiler's own filter for the rules of one call.
+fn compile_alone(rules: &[&Value], otherwise: &str) -> Result<BpfProgram, String> {
+    let filter = json!({ "mismatch_action": otherwise, "match_action": "allow", "filter": rules });
+    let json = serde_json::to_vec(&HashMap::from([("thread", filter)])).expect("it came from JSON");
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it");
     let arch = TargetArch::try_from(arch.as_str()).map_err(|e| e.to_string())?;
-    compile_from_json(&json[..], arch).map_err(|e| e.to_string())
+    let mut filters = compile_from_json(&json[..], arch).map_err(|e| e.to_string())?;
+    Ok(filters.remove("thread").expect("the one given"))
+}
+
+/// A binary search for the call, which ends at its verdict or at `deny`. The accumulator holds the call's number.
+fn search(verdicts: &[(u32, Verdict)], deny: &sock_filter) -> Result<BpfProgram, String> {
+    const ALLOW: sock_filter = sock_filter { code: RETURN, jt: 0, jf: 0, k: 0x7fff_0000 };
+    let offset =
+        |len: usize| u8::try_from(len).map_err(|_| "the filter is too long for its jumps".to_owned());
+    let mut program = BpfProgram::new();
+    match verdicts {
+        [] => program.push(deny.clone()),
+        [(number, verdict)] => {
+            let body = match verdict {
+                Verdict::Allow => vec![ALLOW],
+                Verdict::Ask(filter) => filter.clone(),
+            };
+            program.push(sock_filter { code: JUMP_IF_EQUAL, jt: 0, jf: offset(body.len())?, k: *number });
+            program.extend(body);
+            program.push(deny.clone());
+        }
+        _ => {
+            let (below, above) = verdicts.split_at(verdicts.len() / 2);
+            let left = search(below, deny)?;
+            program.push(sock_filter {
+                code: JUMP_IF_AT_LEAST,
+                jt: offset(left.len())?,
+                jf: 0,
+                k: above[0].0,
+            });
+            program.extend(left);
+            program.extend(search(above, deny)?);
+        }
+    }
+    Ok(program)
 }

@@ -3,6 +3,7 @@
 //! A driver for development; operators have `ctvm run`.
 
 use std::fs::File;
+use std::io::{PipeReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ struct Options {
     files: Vec<OwnedFd>,
     times: u32,
     quiet: bool,
+    /// A word on the console to stop the clock at, and where the console can be read.
+    mark: Option<(String, PipeReader)>,
 }
 
 fn main() -> Result<()> {
@@ -71,6 +74,7 @@ fn parse(args: &[String]) -> Result<Options> {
         files: vec![],
         times: 1,
         quiet: false,
+        mark: None,
     };
     let config = &mut options.config;
     let mut images = vec![];
@@ -92,6 +96,11 @@ fn parse(args: &[String]) -> Result<Options> {
             "--console" => {
                 config.console = Some(ConsoleConfig { output: Some(give(stdout()?)), input: None });
             }
+            "--mark" => {
+                let (reader, writer) = std::io::pipe()?;
+                config.console = Some(ConsoleConfig { output: Some(give(writer.into())), input: None });
+                options.mark = Some((value()?.clone(), reader));
+            }
             "--vsock" => config.vsock = Some(VsockConfig { cid: 3, ports: vec![1024] }),
             "--rng" => config.rng = true,
             "--fs" => config.fs = Some(FsConfig { tag: "ctvm".into(), threads: 1 }),
@@ -109,6 +118,20 @@ fn parse(args: &[String]) -> Result<Options> {
     }
     options.files = files;
     Ok(options)
+}
+
+/// Reads the console until `word` comes, and leaves a thread to read the rest.
+fn wait_for(word: &str, mut console: PipeReader) -> Result<()> {
+    let (mut seen, mut chunk) = (String::new(), [0; 4096]);
+    while !seen.contains(word) {
+        let n = console.read(&mut chunk)?;
+        if n == 0 {
+            bail!("the console ended without {word}: {seen}");
+        }
+        seen.push_str(&String::from_utf8_lossy(&chunk[..n]));
+    }
+    std::thread::spawn(move || std::io::copy(&mut console, &mut std::io::sink()));
+    Ok(())
 }
 
 fn boot(options: Options) -> Result<()> {
@@ -135,6 +158,14 @@ fn boot(options: Options) -> Result<()> {
             t.running_us - t.main_us,
             start.elapsed()
         );
+    }
+    drop(options.files);
+    if let Some((word, console)) = options.mark {
+        wait_for(&word, console)?;
+        let marked = start.elapsed();
+        let Reply::Stats(stats) = client.call(Op::Stats, &[], LIMIT)?.0 else { bail!("no stats") };
+        let total: u64 = stats.exits.values().sum();
+        eprintln!("{word} {} us after spawn; {total} exits: {:?}", marked.as_micros(), stats.exits);
     }
     loop {
         match client.next_event(LIMIT)? {

@@ -152,7 +152,7 @@ pub struct Host<'a> {
 #[derive(Debug)]
 pub struct Devices {
     slots: Vec<Slot>,
-    /// Raised when a driver has changed the status of a device that may then have something to say.
+    /// Raised when a driver has reset the socket device.
     status: Arc<EventFd>,
     files: Option<Arc<FileServer>>,
 }
@@ -161,7 +161,7 @@ impl Devices {
     /// No devices.
     pub fn new(events: &EventLoop) -> io::Result<Self> {
         let status = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        events.add(&*status, Token::DeviceStatus)?;
+        events.add(&*status, Token::DeviceReset)?;
         Ok(Devices { slots: vec![], status, files: None })
     }
 
@@ -291,8 +291,8 @@ impl Devices {
         }
     }
 
-    /// A driver changed a status: takes the event back. What follows from it is for the caller to look for.
-    pub fn on_status(&self) {
+    /// A driver reset the socket device: takes the event back. What follows from it is for the caller to look for.
+    pub fn on_reset(&self) {
         // Empty when a call was spurious.
         let _ = self.status.read();
     }
@@ -378,7 +378,8 @@ impl<D: VirtioDevice> BusDevice for Registers<D> {
 
     fn write(&self, offset: u64, data: &[u8]) {
         lock(&self.transport).write(offset, data);
-        if offset == registers::STATUS {
+        // A reset ends connections, which the owner is waiting to hear of.
+        if D::ID == Vsock::ID && offset == registers::STATUS && data.iter().all(|byte| *byte == 0) {
             // Fails only when the counter is full: then the main loop is woken anyway.
             let _ = self.status.write(1);
         }

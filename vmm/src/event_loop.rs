@@ -13,8 +13,8 @@ pub enum Token {
     Control,
     /// The guest ended.
     GuestEnd,
-    /// A driver may have changed a device's status.
-    DeviceStatus,
+    /// A driver reset a device that may then have something to say.
+    DeviceReset,
     /// The guest notified a queue.
     Queue {
         /// Slot of the device.
@@ -34,7 +34,7 @@ impl Token {
         match self {
             Token::Control => 0,
             Token::GuestEnd => 1,
-            Token::DeviceStatus => 2,
+            Token::DeviceReset => 2,
             Token::Queue { slot, queue } => 3 | u64::from(slot) << 32 | u64::from(queue) << 48,
             Token::Backend { slot } => 4 | u64::from(slot) << 32,
         }
@@ -46,7 +46,7 @@ impl Token {
         match part(0) {
             0 => Token::Control,
             1 => Token::GuestEnd,
-            2 => Token::DeviceStatus,
+            2 => Token::DeviceReset,
             3 => Token::Queue { slot, queue },
             4 => Token::Backend { slot },
             _ => unreachable!("only `encode` makes these"),
@@ -133,7 +133,7 @@ mod tests {
         for token in [
             Token::Control,
             Token::GuestEnd,
-            Token::DeviceStatus,
+            Token::DeviceReset,
             Token::Queue { slot: 18, queue: 7 },
             Token::Queue { slot: u16::MAX, queue: u16::MAX },
             Token::Backend { slot: 3 },

@@ -18,7 +18,7 @@ use crate::control::{Control, Incoming};
 use crate::dials::Dials;
 use crate::error::Coded;
 use crate::event_loop::{EventLoop, Interest, Token};
-use crate::kvm::{Kvm, KvmError};
+use crate::kvm::Making;
 use crate::vcpu::End;
 use crate::vm::Vm;
 use crate::vm::builder::VmError;
@@ -41,8 +41,7 @@ pub enum Outcome {
 pub struct Monitor {
     control: Control,
     events: EventLoop,
-    /// The host's KVM; taken out by the VM, or by the error of the first `Configure`.
-    kvm: Option<Result<Kvm, KvmError>>,
+    kvm: Making,
     state: State,
     vm: Option<Vm>,
     timeline: Timeline,
@@ -58,15 +57,15 @@ enum Answer {
 }
 
 impl Monitor {
-    /// A monitor without a VM. `main_us` is when the process began.
-    pub fn new(socket: OwnedFd, kvm: Result<Kvm, KvmError>, main_us: u64) -> std::io::Result<Self> {
+    /// A monitor without a VM; `kvm` will be part of it. `main_us` is when the process began.
+    pub fn new(socket: OwnedFd, kvm: Making, main_us: u64) -> std::io::Result<Self> {
         let control = Control::new(socket)?;
         let events = EventLoop::new()?;
         events.add(&control, Token::Control)?;
         Ok(Monitor {
             control,
             events,
-            kvm: Some(kvm),
+            kvm,
             state: State::Created,
             vm: None,
             timeline: Timeline { main_us, ..Timeline::default() },
@@ -122,7 +121,7 @@ impl Monitor {
             }
             Token::Control => self.take_request(),
             Token::GuestEnd => self.guest_end(),
-            Token::DeviceStatus => self.with_devices(|devices| devices.on_status()),
+            Token::DeviceReset => self.with_devices(|devices| devices.on_reset()),
             Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
             Token::Backend { slot } => self.with_devices(|devices| devices.on_backend(slot)),
         }

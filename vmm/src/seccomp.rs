@@ -78,3 +78,107 @@ pub fn confine(role: Role) -> Result<(), seccompiler::Error> {
     breach::name_list(role.list());
     apply_filter(filter)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const ALLOW: u32 = 0x7fff_0000;
+    const TRAP: u32 = 0x0003_0000;
+    const LOG: u32 = 0x7ffc_0000;
+    const X86_64: u32 = 0xc000_003e;
+
+    /// What a filter says of a call: the kernel's interpreter, as far as our filters use it.
+    fn verdict(filter: &[sock_filter], arch: u32, call: libc::c_long, args: &[u64]) -> u32 {
+        let mut data = Vec::new();
+        data.extend(u32::try_from(call).unwrap().to_le_bytes());
+        data.extend(arch.to_le_bytes());
+        data.extend(0u64.to_le_bytes());
+        for arg in args.iter().chain(&[0; 6]).take(6) {
+            data.extend(arg.to_le_bytes());
+        }
+        let (mut at, mut word) = (0, 0u32);
+        loop {
+            let op = &filter[at];
+            at += 1;
+            let (yes, no) = (usize::from(op.jt), usize::from(op.jf));
+            match op.code {
+                0x20 => {
+                    let from = usize::try_from(op.k).unwrap();
+                    word = u32::from_le_bytes(data[from..from + 4].try_into().unwrap());
+                }
+                0x54 => word &= op.k,
+                0x05 => at += usize::try_from(op.k).unwrap(),
+                0x15 => at += if word == op.k { yes } else { no },
+                0x35 => at += if word >= op.k { yes } else { no },
+                0x06 => return op.k,
+                code => panic!("instruction {code:#x} is not one the filters use"),
+            }
+        }
+    }
+
+    fn enforced(filter: &[sock_filter], call: libc::c_long, args: &[u64]) -> bool {
+        match verdict(filter, X86_64, call, args) {
+            ALLOW => true,
+            TRAP => false,
+            other => panic!("{other:#x}"),
+        }
+    }
+
+    #[test]
+    fn what_is_listed_is_allowed_and_nothing_else() {
+        let lists = [
+            (&VMM_ENFORCE[..], &VMM_LOG[..], include_str!("../seccomp/vmm.json")),
+            (&VCPU_ENFORCE, &VCPU_LOG, include_str!("../seccomp/vcpu.json")),
+            (&FS_ENFORCE, &FS_LOG, include_str!("../seccomp/fs.json")),
+        ];
+        for (enforce, log, rules) in lists {
+            let rules: Vec<serde_json::Value> = serde_json::from_str(rules).unwrap();
+            let names = |asked: bool| {
+                let rules = rules.iter().filter(|rule| !asked || rule.get("args").is_none());
+                rules.map(|rule| rule["syscall"].as_str().unwrap()).collect::<BTreeSet<_>>().len()
+            };
+            // Calls with conditions may be allowed with all arguments zero, or not.
+            let allowed = (0..1024).filter(|call| enforced(enforce, *call, &[])).count();
+            assert!((names(true)..=names(false)).contains(&allowed), "{allowed}");
+            for call in 0..1024 {
+                let logged = verdict(log, X86_64, call, &[]);
+                assert_eq!(logged, if enforced(enforce, call, &[]) { ALLOW } else { LOG });
+            }
+            for call in [libc::SYS_write, libc::SYS_futex, libc::SYS_exit_group, libc::SYS_rt_sigreturn] {
+                assert!(enforced(enforce, call, &[]), "{call}");
+            }
+            for call in
+                [libc::SYS_execve, libc::SYS_open, libc::SYS_socket, libc::SYS_clone3, libc::SYS_ptrace]
+            {
+                assert!(!enforced(enforce, call, &[]), "{call}");
+            }
+        }
+    }
+
+    #[test]
+    fn arguments_count() {
+        let executable = [0, 4096, u64::from(libc::PROT_EXEC.unsigned_abs()), 0];
+        for filter in [&VMM_ENFORCE[..], &VCPU_ENFORCE, &FS_ENFORCE] {
+            assert!(enforced(filter, libc::SYS_mmap, &[0, 4096, 3]));
+            assert!(!enforced(filter, libc::SYS_mmap, &executable));
+            assert!(!enforced(filter, libc::SYS_mprotect, &executable));
+        }
+        const KVM_RUN: u64 = 0xae80;
+        const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+        assert!(enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, KVM_RUN]));
+        assert!(!enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, KVM_SET_USER_MEMORY_REGION]));
+        assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, KVM_RUN]));
+    }
+
+    #[test]
+    fn another_architecture_ends_the_process() {
+        const KILL_PROCESS: u32 = 0x8000_0000;
+        const I386: u32 = 0x4000_0003;
+        assert_eq!(verdict(&VCPU_ENFORCE, I386, libc::SYS_write, &[]), KILL_PROCESS);
+        // The x32 numbers of our own architecture are on no list.
+        assert_eq!(verdict(&VCPU_ENFORCE, X86_64, libc::SYS_write | 0x4000_0000, &[]), TRAP);
+    }
+}

@@ -1,7 +1,7 @@
 //! Everything said to KVM, and all the `unsafe` that needs.
 //!
 //! ```text
-//! Kvm (/dev/kvm) ── create_vm ──> KvmVm ── create_vcpu ──> KvmVcpu ── kicker ──> Kicker
+//! Shell { Kvm (/dev/kvm) ── create_vm ──> KvmVm } ── create_vcpu ──> KvmVcpu ── kicker ──> Kicker
 //! ```
 //!
 //! The order of calls matters for the time a start takes: memory slots before the interrupt controller (a slot set
@@ -10,6 +10,7 @@
 //! Not here: what the registers, tables and CPUID leaves hold (`arch`), and when vCPUs run (`vcpu`).
 
 mod irq;
+mod shell;
 mod vcpu;
 
 use std::io;
@@ -18,6 +19,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace
 use kvm_ioctls::{Cap, VmFd};
 
 pub use irq::KickAddress;
+pub use shell::{Making, Shell};
 pub use vcpu::{Entered, Kicker, KvmVcpu, register_kick_signal};
 
 use crate::memory::GuestRam;

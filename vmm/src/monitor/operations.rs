@@ -10,7 +10,6 @@ use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
 use crate::config::{Disk, Fds, ValidConfig};
 use crate::error::Coded;
-use crate::kvm::Kvm;
 use crate::vm::Vm;
 use crate::vm::builder::{self, VmError};
 
@@ -87,13 +86,8 @@ impl Monitor {
 
     fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
         let config = ValidConfig::check(config, fds)?;
-        let kvm = match self.kvm.take() {
-            Some(Ok(kvm)) => kvm,
-            // Asked once more, since the owner may have put things right.
-            Some(Err(_)) | None => Kvm::open().map_err(VmError::NoKvm)?,
-        };
         let timeline = &mut self.timeline;
-        builder::build(&kvm, &self.events, config, || timeline.kvm_ready_us = monotonic_us())
+        builder::build(&mut self.kvm, &self.events, config, || timeline.kvm_ready_us = monotonic_us())
     }
 
     fn boot(&mut self) -> Done {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Vm;
-use crate::arch::x86_64::boot::load_initrd;
+use crate::arch::x86_64::boot::{Initrd, load_initrd};
 use crate::arch::x86_64::cpuid::Answers;
 use crate::arch::x86_64::kernel::{self, Kernel, KernelError};
 use crate::arch::x86_64::{layout, msr, regs};
@@ -15,7 +15,7 @@ use crate::bus::{Bus, Overlap};
 use crate::config::{ConfigError, ValidConfig};
 use crate::devices::{DeviceError, Devices, Host};
 use crate::event_loop::{EventLoop, Token};
-use crate::kvm::{self, Kvm, KvmError, KvmVcpu, KvmVm};
+use crate::kvm::{self, KvmError, KvmVcpu, KvmVm, Making, Shell};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::Serial;
 use crate::memory::{GuestRam, MemoryError};
@@ -63,21 +63,27 @@ pub enum VmError {
     },
 }
 
-/// Makes a VM with its kernel loaded; its devices wait on `events`. `made` is called when KVM's part exists.
-pub fn build(kvm: &Kvm, events: &EventLoop, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, VmError> {
+/// Makes a VM with its kernel loaded; its devices wait on `events`. The kernel is read while KVM's part is still
+/// being made; `made` is called when that exists.
+pub fn build(
+    making: &mut Making,
+    events: &EventLoop,
+    config: ValidConfig,
+    made: impl FnOnce(),
+) -> Result<Vm, VmError> {
     let ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
-    let vm = kvm.create_vm()?;
+    let loaded = load(&ram, &config);
+
+    let Shell { vm, cpuid } = making.take().map_err(VmError::NoKvm)?;
+    let (kernel, initrd) = loaded?;
     // Before the interrupt controller: a slot set after it waits for a grace period of the host.
     vm.map_ram(&ram)?;
     vm.set_tss_address(layout::TSS)?;
     vm.create_irqchip()?;
-    let answers = Answers::new(&kvm.supported_cpuid()?, config.vcpus);
+    let answers = Answers::new(&cpuid, config.vcpus);
     let vcpus = create_vcpus(&vm, &answers, config.vcpus)?;
-    made();
-
-    let kernel = kernel::load(&ram, &config.kernel, config.pvh)?;
     enter_kernel(&vcpus[0], &kernel)?;
-    let initrd = config.initrd.as_ref().map(|file| load_initrd(&ram, &kernel, file)).transpose()?;
+    made();
 
     let ends = Arc::new(Ends::new().map_err(host("make an event"))?);
     events.add(ends.event(), Token::GuestEnd).map_err(host("wait for the guest's end"))?;
@@ -113,6 +119,12 @@ pub fn build(kvm: &Kvm, events: &EventLoop, config: ValidConfig, made: impl FnOn
         ports,
         ends,
     })
+}
+
+fn load(ram: &GuestRam, config: &ValidConfig) -> Result<(Kernel, Option<Initrd>), VmError> {
+    let kernel = kernel::load(ram, &config.kernel, config.pvh)?;
+    let initrd = config.initrd.as_ref().map(|file| load_initrd(ram, &kernel, file)).transpose()?;
+    Ok((kernel, initrd))
 }
 
 fn create_vcpus(vm: &KvmVm, answers: &Answers, count: u8) -> Result<Vec<KvmVcpu>, VmError> {
