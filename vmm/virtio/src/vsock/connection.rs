@@ -92,6 +92,8 @@ pub enum Step {
     },
     /// The guest reset the connection.
     Reset,
+    /// The guest has said its last word on a connection that was over.
+    Over,
     /// The guest is done with it and waits for our RST.
     Closed,
     /// The guest has forgotten the connection and asks for a new one.
@@ -240,16 +242,17 @@ impl Connection {
         payload: &mut Reader<'_>,
         metrics: &mut Metrics,
     ) -> Result<Step, Violation> {
-        if packet.op == Op::Reset {
-            return Ok(Step::Reset);
-        }
         if matches!(self.phase, Phase::Closing) {
             return Ok(match packet.op {
+                Op::Reset => Step::Over,
                 Op::Request => Step::Replaced,
                 Op::Shutdown if packet.flags & BOTH == BOTH => Step::Closed,
                 // The guest sent it before it knew.
                 _ => Step::Live,
             });
+        }
+        if packet.op == Op::Reset {
+            return Ok(Step::Reset);
         }
         if self.opening.is_some() {
             return Err(Violation::TooEarly { op: packet.op });

@@ -116,7 +116,7 @@ impl Vsock {
             self.transport_reset_owed = !active.announce_transport_reset();
         }
         let mut again = active.take_packets(&mut self.exchange);
-        let [rx, ..] = &mut active.queues;
+        let [rx, tx, _] = &mut active.queues;
         let held = self.exchange.owes_too_many_resets();
         match self.exchange.serve(rx, &active.memory) {
             // Packets were left for lack of room for their answers, which is there again.
@@ -125,6 +125,8 @@ impl Vsock {
             Served::NoBuffers => {}
             Served::More => again = true,
         }
+        // Right after the other one, so that the guest takes both with one interrupt.
+        tx.notify(&active.memory);
         if again {
             active.come_back();
         }
@@ -143,7 +145,7 @@ impl Vsock {
 }
 
 impl Active {
-    /// Takes packets of the guest. True if some may be left.
+    /// Takes packets of the guest, which is not notified of it yet. True if some may be left.
     fn take_packets(&mut self, exchange: &mut Exchange) -> bool {
         let queue = &mut self.queues[TX];
         let mut bytes = 0;
@@ -167,7 +169,6 @@ impl Active {
             exchange.take(&mut packet);
             queue.push_used(&self.memory, head, 0);
         }
-        queue.notify(&self.memory);
         left
     }
 

@@ -194,6 +194,7 @@ impl Exchange {
                 self.metrics.reset_by_guest += 1;
                 self.guest_is_gone(token);
             }
+            Ok(Step::Over) => drop(self.table.remove(token)),
             Ok(Step::Closed) => {
                 self.resets.push_back(Reset::of(packet.key));
                 self.guest_is_gone(token);

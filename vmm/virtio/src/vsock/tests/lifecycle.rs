@@ -134,7 +134,7 @@ fn guest_ends_its_direction_and_still_hears() {
     peer.expect(&mut socket, Op::Shutdown, BOTH);
     peer.say(&socket, Op::Reset, 0);
     peer.expect_silence();
-    assert_eq!(peer.device.connections(), 0);
+    assert_eq!((peer.device.connections(), peer.metric("reset_by_guest")), (0, 0));
 }
 
 #[test]
