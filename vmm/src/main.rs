@@ -1,6 +1,7 @@
 //! `ctvm-vmm`: the monitor process of one microVM.
 //!
-//! Started by its owner with a control socket as descriptor 3. It opens `/dev/kvm` and no other path.
+//! Started by its owner with a control socket as descriptor 3. It opens `/dev/kvm` and what says how much the host has left, and no
+//! other path.
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process;
@@ -8,7 +9,7 @@ use std::process;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
 use vmm::error::Coded;
-use vmm::kvm::{KvmError, Making};
+use vmm::kvm::KvmError;
 use vmm::monitor::{Monitor, Outcome};
 use vmm::seccomp::{self, Mode};
 use vmm::vm::builder::VmError;
@@ -22,11 +23,10 @@ fn main() {
     parse_arguments();
     let socket = adopt_control_socket();
     one_arena();
-    let kvm = Making::begin();
     if let Err(e) = seccomp::report_breaches() {
         fail(exit::KVM_UNUSABLE, &format!("register a handler for SIGSYS: {e}"));
     }
-    let monitor = Monitor::new(socket, kvm, main_us);
+    let monitor = Monitor::new(socket, main_us);
     let outcome = monitor
         .unwrap_or_else(|e| fail(exit::NO_CONTROL_SOCKET, &format!("wait for descriptor 3: {e}")))
         .run();

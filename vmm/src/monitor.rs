@@ -18,7 +18,6 @@ use crate::control::{Control, Incoming};
 use crate::dials::Dials;
 use crate::error::Coded;
 use crate::event_loop::{EventLoop, Interest, Token};
-use crate::kvm::Making;
 use crate::vcpu::End;
 use crate::vm::Vm;
 use crate::vm::builder::VmError;
@@ -41,7 +40,6 @@ pub enum Outcome {
 pub struct Monitor {
     control: Control,
     events: EventLoop,
-    kvm: Making,
     state: State,
     vm: Option<Vm>,
     timeline: Timeline,
@@ -57,15 +55,14 @@ enum Answer {
 }
 
 impl Monitor {
-    /// A monitor without a VM; `kvm` will be part of it. `main_us` is when the process began.
-    pub fn new(socket: OwnedFd, kvm: Making, main_us: u64) -> std::io::Result<Self> {
+    /// A monitor without a VM. `main_us` is when the process began.
+    pub fn new(socket: OwnedFd, main_us: u64) -> std::io::Result<Self> {
         let control = Control::new(socket)?;
         let events = EventLoop::new()?;
         events.add(&control, Token::Control)?;
         Ok(Monitor {
             control,
             events,
-            kvm,
             state: State::Created,
             vm: None,
             timeline: Timeline { main_us, ..Timeline::default() },
