@@ -241,7 +241,8 @@ impl Exchange {
     /// The guest asks for a connection that there is not.
     fn accept(&mut self, packet: &Packet) {
         let accepted = self.try_accept(packet).unwrap_or_else(|e| {
-            log::warn!("vsock: guest's connection to port {} refused: {e}", packet.key.host_port);
+            let port = packet.key.host_port;
+            GUEST_ERRORS.warn(format_args!("vsock: guest's connection to port {port} refused: {e}"));
             false
         });
         if accepted {

@@ -183,6 +183,10 @@ fn host_hears_no_more_and_still_speaks() {
     peer.post_data(&mut socket, b"nobody listens");
     peer.expect(&mut socket, Op::Shutdown, NO_RECEIVE);
     assert_eq!(peer.metric("bytes_discarded"), 14);
+    // What is thrown away counts as read: the guest may go on throwing it.
+    peer.say(&socket, Op::CreditRequest, 0);
+    peer.expect(&mut socket, Op::CreditUpdate, 0);
+    assert_eq!(socket.credit(), socket.peer_buf_alloc as usize);
     host.write_all(b"listen!").unwrap();
     peer.run();
     assert_eq!(peer.take_data(&mut socket), b"listen!");
@@ -259,6 +263,23 @@ fn guest_closes_and_the_host_gets_all_that_was_sent_before() {
     assert_eq!(peer.device.connections(), 1);
     let mut got = [0; 16];
     assert_eq!(host_again.read(&mut got).unwrap(), 6);
+}
+
+#[test]
+fn host_closes_while_bytes_wait_for_it() {
+    let mut peer = Peer::new();
+    let (mut socket, host) = peer.dial(7);
+    let sent = vec![0; socket.credit()];
+    for piece in sent.chunks(60_000) {
+        peer.post_data(&mut socket, piece);
+    }
+    peer.run();
+    peer.inbox.clear();
+    drop(host);
+    peer.expect(&mut socket, Op::Shutdown, NO_RECEIVE);
+    assert_eq!(socket.credit(), socket.peer_buf_alloc as usize, "nothing waits any more");
+    assert_eq!(peer.metric("bytes_to_host") + peer.metric("bytes_discarded"), sent.len() as u64);
+    peer.expect(&mut socket, Op::Shutdown, BOTH);
 }
 
 #[test]

@@ -188,6 +188,7 @@ fn a_guest_that_does_not_read_stops_the_host_without_a_busy_loop() {
         peer.say(&socket, Op::CreditUpdate, 0);
     }
     assert!(all == pattern(3, 0, sent));
+    assert!(peer.metric("credit_stalls") > 5, "each time that it stalled, the guest was asked");
 }
 
 #[test]
