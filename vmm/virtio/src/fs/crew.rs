@@ -27,6 +27,9 @@ use super::{FsServer, FsThreads};
 use crate::GuestMemory;
 use crate::queue::Queue;
 
+/// Stack of a thread. Far below 2 MiB: a stack of that size gets a whole huge page on a host that gives those to all.
+const STACK: usize = 512 << 10;
+
 /// What an activation gave to work on.
 #[derive(Debug)]
 pub struct Work {
@@ -86,7 +89,12 @@ impl Crew {
                 name: format!("fs{index}"),
             };
             let ready = ready.clone();
-            crew.threads.push(thread::Builder::new().name(member.name.clone()).spawn(|| member.run(ready))?);
+            crew.threads.push(
+                thread::Builder::new()
+                    .name(member.name.clone())
+                    .stack_size(STACK)
+                    .spawn(|| member.run(ready))?,
+            );
         }
         drop(ready);
         for _ in 0..count {
