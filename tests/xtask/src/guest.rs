@@ -21,8 +21,16 @@ pub struct Kernel {
     pub bzimage: PathBuf,
 }
 
+/// Names a folder with `vmlinux` and `bzImage` to use in place of building them: for work on the kernel itself, and
+/// for trying one of another version.
+const INSTEAD: &str = "CTVM_KERNEL";
+
 /// The guest kernel, built when its recipe, its source or the compiler changed.
 pub fn kernel(cache: &Cache) -> Result<Kernel> {
+    if let Some(folder) = std::env::var_os(INSTEAD).map(PathBuf::from) {
+        eprintln!("{INSTEAD}: using the kernel in {}", folder.display());
+        return Ok(Kernel { vmlinux: folder.join("vmlinux"), bzimage: folder.join("bzImage") });
+    }
     let apt = Apt::open(cache)?;
     let compiler = output(Command::new("gcc").arg("--version"))?;
     let recipe = workspace().join("kernel-config");
