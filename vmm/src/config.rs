@@ -122,6 +122,11 @@ impl Fds {
         }
     }
 
+    /// All that were not taken.
+    pub fn into_all(self) -> Vec<OwnedFd> {
+        self.fds.into_iter().flatten().collect()
+    }
+
     /// Checks that none is left.
     pub fn done(self) -> Result<(), ConfigError> {
         let count = self.fds.len();
