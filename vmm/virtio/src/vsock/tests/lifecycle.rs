@@ -231,14 +231,8 @@ fn guest_closes_and_the_host_gets_all_that_was_sent_before() {
     let (mut socket, mut host) = peer.dial(7);
     // The host writes what will never be read; that must not turn its end of file into an error.
     host.write_all(b"never read").unwrap();
-    let sent = pattern(2, 0, socket.credit());
-    for piece in sent.chunks(60_000) {
-        peer.post_data(&mut socket, piece);
-    }
-    peer.run();
-    peer.inbox.clear();
-    // More than the host's socket takes: some of it waits here, but the guest need not.
-    assert!(peer.metric("bytes_to_host") < sent.len() as u64);
+    let sent = fill_window(&mut peer, &mut socket);
+    // Some of it waits here, but the guest need not.
     peer.say(&socket, Op::Shutdown, BOTH);
     peer.expect(&mut socket, Op::Reset, 0);
     assert_eq!(peer.device.connections(), 1);
@@ -265,16 +259,41 @@ fn guest_closes_and_the_host_gets_all_that_was_sent_before() {
     assert_eq!(host_again.read(&mut got).unwrap(), 6);
 }
 
+/// The guest sends as much as it may: more than the host's socket takes at once.
+fn fill_window(peer: &mut Peer, socket: &mut Socket) -> Vec<u8> {
+    let sent = pattern(2, 0, socket.credit());
+    for piece in sent.chunks(60_000) {
+        peer.post_data(socket, piece);
+    }
+    peer.run();
+    peer.inbox.clear();
+    assert!(peer.metric("bytes_to_host") < sent.len() as u64, "nothing waits");
+    sent
+}
+
+#[test]
+fn guest_ends_its_direction_while_bytes_wait_for_the_host() {
+    let mut peer = Peer::new();
+    let (mut socket, mut host) = peer.dial(7);
+    let sent = fill_window(&mut peer, &mut socket);
+    peer.say(&socket, Op::Shutdown, NO_SEND);
+    let mut got: Vec<u8> = Vec::new();
+    while got.len() < sent.len() {
+        let mut piece = [0; 50_000];
+        let count = host.read(&mut piece).unwrap();
+        assert_ne!(count, 0, "the end before the last byte");
+        got.extend(&piece[..count]);
+        peer.run();
+    }
+    assert!(got == sent);
+    assert_eq!(read_all(&mut host), b"");
+}
+
 #[test]
 fn host_closes_while_bytes_wait_for_it() {
     let mut peer = Peer::new();
     let (mut socket, host) = peer.dial(7);
-    let sent = vec![0; socket.credit()];
-    for piece in sent.chunks(60_000) {
-        peer.post_data(&mut socket, piece);
-    }
-    peer.run();
-    peer.inbox.clear();
+    let sent = fill_window(&mut peer, &mut socket);
     drop(host);
     peer.expect(&mut socket, Op::Shutdown, NO_RECEIVE);
     assert_eq!(socket.credit(), socket.peer_buf_alloc as usize, "nothing waits any more");
@@ -286,10 +305,7 @@ fn host_closes_while_bytes_wait_for_it() {
 fn guest_that_closed_and_a_host_that_never_reads_leave_nothing_behind() {
     let mut peer = Peer::new();
     let (mut socket, host) = peer.dial(7);
-    let sent = vec![0; socket.credit()];
-    for piece in sent.chunks(60_000) {
-        peer.post_data(&mut socket, piece);
-    }
+    fill_window(&mut peer, &mut socket);
     peer.say(&socket, Op::Shutdown, BOTH);
     assert_eq!(peer.device.connections(), 1);
     drop(host);
