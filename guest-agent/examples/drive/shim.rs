@@ -89,7 +89,7 @@ impl Shim {
         let mut log = Listener::bind(at, agent_api::LOG_PORT)?;
         println!("listening at {at}");
         let connection =
-            tokio::time::timeout(Duration::from_secs(60), agent.accept()).await.context("no agent")??;
+            tokio::time::timeout(Duration::from_secs(3600), agent.accept()).await.context("no agent")??;
         let client = Client::new(Socket::new(connection));
         let waiting = Waiting::default();
         let table = waiting.clone();

@@ -21,14 +21,14 @@ pub async fn run_all(shim: &Shim, only: &[String]) -> Result<usize> {
             if only.is_empty() || only.iter().any(|wanted| wanted == name) {
                 let since = Instant::now();
                 let told = tokio::time::timeout(Duration::from_secs(300), $story(shim)).await;
-                let took = since.elapsed().as_secs_f32();
+                let took = since.elapsed().as_millis();
                 let told = told.unwrap_or_else(|_| Err(anyhow!("no end after 300 s")));
                 let told = match told {
                     Ok(()) => nothing_left(shim).await,
                     error => error,
                 };
                 match told {
-                    Ok(()) => println!("ok   {name} ({took:.1} s)"),
+                    Ok(()) => println!("ok   {name} ({took} ms)"),
                     Err(error) => {
                         clean(shim).await;
                         failed += 1;
@@ -39,6 +39,7 @@ pub async fn run_all(shim: &Shim, only: &[String]) -> Result<usize> {
         )*};
     }
     tell!(
+        steps,
         output_and_exit_code,
         input_of_64_mib,
         much_output_with_a_slow_reader,
@@ -112,6 +113,50 @@ fn code(error: &anyhow::Error) -> Code {
         Some(ttrpc::Error::RpcStatus(status)) => status.code(),
         other => panic!("no status: {other:?}"),
     }
+}
+
+/// Not a check: what the steps of a container's life take, for a lab in exact time.
+async fn steps(shim: &Shim) -> Result<()> {
+    for _ in 0..3 {
+        let begin = Instant::now();
+        let streams = shim.create("c", &spec("c", process(&["true"])), false).await?;
+        let created = Instant::now();
+        shim.start("c", "").await?;
+        let started = Instant::now();
+        shim.wait("c", "").await?;
+        let ended = Instant::now();
+        shim.delete("c", "").await?;
+        let deleted = Instant::now();
+        drop(streams);
+        println!(
+            "     create {} us, start {} us, to exit {} us, delete {} us",
+            (created - begin).as_micros(),
+            (started - created).as_micros(),
+            (ended - started).as_micros(),
+            (deleted - ended).as_micros()
+        );
+    }
+    let _streams = sleeper(shim, "c", "sleep 1000").await?;
+    for n in 0..3 {
+        let begin = Instant::now();
+        let _exec = shim.add_exec("c", &format!("e{n}"), &process(&["true"]), false).await?;
+        let added = Instant::now();
+        shim.start("c", &format!("e{n}")).await?;
+        let started = Instant::now();
+        shim.wait("c", &format!("e{n}")).await?;
+        let ended = Instant::now();
+        println!(
+            "     exec: add {} us, start {} us, to exit {} us",
+            (added - begin).as_micros(),
+            (started - added).as_micros(),
+            (ended - started).as_micros()
+        );
+        shim.delete("c", &format!("e{n}")).await?;
+    }
+    let begin = Instant::now();
+    info(shim).await?;
+    println!("     info {} us", begin.elapsed().as_micros());
+    stop(shim, "c").await
 }
 
 async fn output_and_exit_code(shim: &Shim) -> Result<()> {
