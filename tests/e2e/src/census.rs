@@ -10,8 +10,9 @@ use anyhow::{Result, bail};
 /// How long the system may take to come back to an earlier census.
 const SETTLE: Duration = Duration::from_secs(60);
 
-/// Folders whose files belong to sandboxes or to containerd's idea of them.
-const FOLDERS: &[&str] = &["/run/ctvm", "/run/containerd/s", "/run/containerd/fifo", "/tmp", "/dev/shm"];
+/// Folders whose files belong to sandboxes. Not `/run/containerd/fifo`: those are the client's, which removes them
+/// when it deletes a task, and has none to delete after its shim was killed (so also with runc).
+const FOLDERS: &[&str] = &["/run/ctvm", "/run/containerd/s", "/tmp", "/dev/shm"];
 
 /// Name of a thing to how often it is there.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -93,8 +93,9 @@ fn a_detached_container_is_listed_killed_and_removed() -> Result<()> {
         assert!(ps.lines().count() >= 2, "{ps}");
         CONTAINERD.task(&["kill", "--signal", "KILL", "detached"])?.ok()?;
         CONTAINERD.wait_for("detached", "STOPPED")?;
+        // `ctr` warns of a task's exit code when it is not 0.
         let deleted = CONTAINERD.task(&["rm", "detached"])?;
-        assert_eq!(deleted.code, 137, "`ctr tasks rm` ends with the task's own exit code");
+        assert!(deleted.errors().contains("137"), "{deleted:?}");
         assert_eq!(CONTAINERD.status("detached")?, None);
         Ok(())
     })
@@ -244,7 +245,8 @@ fn masked_and_read_only_paths_are_so() -> Result<()> {
 
 #[test]
 fn cgroup_limits_are_set_in_the_guest() -> Result<()> {
-    let options = ["--memory-limit", "33554432", "--cpus", "0.5"];
+    let mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro";
+    let options = ["--memory-limit", "33554432", "--cpus", "0.5", "--mount", mount];
     let output = sh("limits", &options, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max")?;
     assert_eq!(output.text(), "33554432\n50000 100000", "{}", output.errors());
     Ok(())
@@ -305,8 +307,9 @@ fn wrong_oci_specs_are_refused_with_the_reason() -> Result<()> {
     let rootfs = tempfile::tempdir_in("/var/tmp")?;
     for (name, change, word) in cases {
         let mut spec: serde_json::Value = serde_json::from_str(&good)?;
-        change(&mut spec);
+        spec["process"]["args"] = serde_json::json!(["true"]);
         spec["root"] = serde_json::json!({"path": rootfs.path()});
+        change(&mut spec);
         let config = rootfs.path().with_extension("json");
         std::fs::write(&config, spec.to_string())?;
         let id = format!("spec-{name}");
