@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
@@ -48,7 +48,10 @@ pub trait Listing {
 
 /// How many listings keep entries.
 #[derive(Debug, Default)]
-pub struct Kept(AtomicUsize);
+pub struct Kept(Arc<AtomicUsize>);
+
+#[derive(Debug)]
+struct Permit(Arc<AtomicUsize>);
 
 #[derive(Debug)]
 struct Pending {
@@ -66,6 +69,8 @@ pub struct Stream {
     pending: VecDeque<Pending>,
     position: u64,
     at_end: bool,
+    /// To keep what is pending from one request to the next.
+    permit: Option<Permit>,
 }
 
 impl AsFd for Stream {
@@ -76,7 +81,7 @@ impl AsFd for Stream {
 
 impl Stream {
     fn new(dir: OwnedFd) -> Self {
-        Stream { dir, pending: VecDeque::new(), position: 0, at_end: false }
+        Stream { dir, pending: VecDeque::new(), position: 0, at_end: false, permit: None }
     }
 
     /// Goes to `offset`, unless it stands there. To go to the start is to see the directory afresh.
@@ -125,11 +130,18 @@ impl Stream {
         }
     }
 
-    /// Drops what is pending; the next request reads it again.
-    fn drop_pending(&mut self) {
-        self.pending = VecDeque::new();
-        // No position of the host's, so that the next request seeks.
-        self.position = u64::MAX;
+    /// After a request: keeps what is pending if it may, and drops it otherwise; then the next request reads it again.
+    fn settle(&mut self, kept: &Kept) {
+        if self.pending.is_empty() {
+            self.permit = None;
+        } else if self.permit.is_none() {
+            self.permit = kept.permit();
+            if self.permit.is_none() {
+                self.pending = VecDeque::new();
+                // No position of the host's, so that the next request seeks.
+                self.position = u64::MAX;
+            }
+        }
     }
 }
 
@@ -167,7 +179,6 @@ impl Share {
         // Gone with its mount: names still list, but lead nowhere.
         let dir = self.nodes.get(node).ok();
         let device = attr::stat(stream.as_fd()).map(|stat| (stat.stx_dev_major, stat.stx_dev_minor))?;
-        let kept_before = !stream.pending.is_empty();
         stream.seek(offset)?;
         let mut listed = 0;
         loop {
@@ -186,7 +197,7 @@ impl Share {
             listed += 1;
             stream.take();
         }
-        self.listings.settle(stream, kept_before);
+        stream.settle(&self.listings);
         Ok(())
     }
 
@@ -222,17 +233,46 @@ impl Share {
 }
 
 impl Kept {
-    /// After a request: counts `stream` if it keeps entries, and makes it keep none if too many do.
-    fn settle(&self, stream: &mut Stream, counted: bool) {
-        match (counted, !stream.pending.is_empty()) {
-            (false, true) if self.0.fetch_add(1, Ordering::Relaxed) >= MOST_KEPT => {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-                stream.drop_pending();
-            }
-            (true, false) => {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-            _ => {}
-        }
+    /// Leave to keep entries, unless too many listings have it.
+    fn permit(&self) -> Option<Permit> {
+        let permit = Permit(self.0.clone());
+        (self.0.fetch_add(1, Ordering::Relaxed) < MOST_KEPT).then_some(permit)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permits_are_few_and_come_back() {
+        let kept = Kept::default();
+        let mut permits: Vec<Permit> =
+            (0..MOST_KEPT).map(|_| kept.permit().expect("there are more")).collect();
+        assert!(kept.permit().is_none());
+        assert!(kept.permit().is_none(), "what was refused counts no more");
+        permits.pop();
+        assert!(kept.permit().is_some());
+        drop(permits);
+        assert_eq!(kept.0.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_listing_closed_half_way_gives_its_permit_back() {
+        let (kept, dir) = (Kept::default(), std::fs::File::open(".").unwrap());
+        let mut stream = Stream::new(dir.into());
+        assert!(stream.peek().unwrap().is_some());
+        stream.settle(&kept);
+        assert_eq!(kept.0.load(Ordering::Relaxed), 1);
+        stream.settle(&kept);
+        assert_eq!(kept.0.load(Ordering::Relaxed), 1);
+        drop(stream);
+        assert_eq!(kept.0.load(Ordering::Relaxed), 0);
     }
 }

@@ -86,7 +86,7 @@ impl Handles {
     }
 
     pub fn clear(&self) {
-        let gone = std::mem::take(&mut self.table().handles);
+        let gone: Vec<_> = self.table().handles.drain().collect();
         drop(gone);
     }
 
