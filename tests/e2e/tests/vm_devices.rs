@@ -107,8 +107,8 @@ fn a_shared_directory_is_the_same_on_both_sides() -> Result<()> {
                   echo guest=$(md5sum < from-guest | cut -d' ' -f1)\n\
                   ln from-guest hard; ln -s from-guest soft; mv hard moved; mkdir -p a/b/c; touch a/b/c/d\n\
                   chmod 4751 moved; chown 12:34 moved; rm -r many\n\
-                  echo '#!/bin/busybox sh' > tool; echo 'echo ran=$1' >> tool; cp /bin/busybox bb; chmod +x tool bb\n\
-                  ./bb echo exec=1\n\
+                  echo '#!/bin/busybox sh' > tool; echo 'echo ran=$1' >> tool; cp /bin/busybox busybox; chmod +x tool busybox\n\
+                  ./busybox echo exec=1\n\
                   cd /; umount /mnt\n";
     let share = Some((File::open(folder.path())?, false));
     let output = run(GuestSpec { share, script: script.into(), ..GuestSpec::default() })?;
