@@ -11,7 +11,7 @@ const MAY: &[(&str, &[&str])] = &[
     ("vmm-api", &["rustix"]),
     ("agent-api", &["ttrpc", "protobuf", "containerd-shim-protos", "async-trait"]),
     ("virtio", &["vm-memory", "virtio-queue", "virtio-bindings", "vmm-sys-util", "zerocopy", "rustix"]),
-    ("imagefs", &["virtio", "fuse-backend-rs", "vm-memory", "virtio-queue", "rustix"]),
+    ("imagefs", &["virtio", "rustix", "zerocopy"]),
     (
         "vmm",
         &[
