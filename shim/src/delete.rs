@@ -3,6 +3,7 @@
 //! containerd calls it for every container whose connection ended, also after a regular end, when there is nothing
 //! to do, and for each container of a pod: only the one that gave the sandbox its name has a state file.
 
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -52,6 +53,7 @@ pub fn clean(state_dir: &Path, bundle: Option<&Path>) -> Result<u32> {
             vmm.end(VMM_GRACE).context("ending the VMM")?;
         }
         unmount_below(state_dir);
+        remove_fifos(&state.fifos);
         remove_leftovers(&state, state_dir).context("removing what is left")?;
     }
     state_file::remove_dir(state_dir).with_context(|| state_dir.display().to_string())?;
@@ -59,6 +61,23 @@ pub fn clean(state_dir: &Path, bundle: Option<&Path>) -> Result<u32> {
         unmount_below(&bundle.join("rootfs"));
     }
     Ok(pid)
+}
+
+/// Removes the streams of processes that nobody will delete any more, with the directories that containerd's client
+/// makes for them (`/run/containerd/fifo/<number>`).
+fn remove_fifos(fifos: &[PathBuf]) {
+    for fifo in fifos {
+        let is_fifo = fifo.symlink_metadata().is_ok_and(|m| m.file_type().is_fifo());
+        if is_fifo && let Err(e) = std::fs::remove_file(fifo) {
+            eprintln!("removing {}: {e}", fifo.display());
+        }
+        if let Some(dir) = fifo.parent()
+            && dir.parent().is_some_and(|d| d.ends_with("fifo"))
+        {
+            // Fails while another is in it, as it should.
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
 }
 
 /// Unmounts what is mounted at or below `dir`: a shim that is killed while it puts a root file system together may
@@ -115,17 +134,25 @@ mod tests {
         let dir = root.path().join("ns").join("web");
         let socket = root.path().join("socket");
         std::fs::write(&socket, "").unwrap();
+        let (fifo, ordinary) = (root.path().join("fifo/7/x-stdout"), root.path().join("x-stderr"));
+        std::fs::create_dir_all(fifo.parent().unwrap()).unwrap();
+        std::fs::write(&ordinary, "").unwrap();
+        let (mode, kind) = (rustix::fs::Mode::RUSR, rustix::fs::FileType::Fifo);
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, kind, mode, 0).unwrap();
         let mut vmm = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let state = State {
             shim: Some(ProcessId { pid: std::process::id(), start_ticks: 1 }),
             vmm: ProcessId::of(vmm.id()),
             socket: socket.clone(),
             cgroup: None,
+            fifos: vec![fifo.clone(), ordinary.clone()],
         };
         state.write(&dir).unwrap();
         assert_eq!(clean(&dir, Some(root.path())).unwrap(), vmm.id());
         assert!(!vmm.wait().unwrap().success());
         assert!(!socket.exists() && !dir.exists());
+        assert!(!root.path().join("fifo/7").exists() && root.path().join("fifo").exists());
+        assert!(ordinary.exists(), "only a fifo is taken for one");
         assert_eq!(clean(&dir, None).unwrap(), 0);
     }
 }

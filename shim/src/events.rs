@@ -117,7 +117,7 @@ impl Publisher {
             log::error!("{BACKLOG} events wait for containerd: dropping {}", event.topic());
             return;
         }
-        log::debug!("event {event:?}");
+        log::debug!("event {}", event.topic());
         queue.push_back(envelope);
         drop(queue);
         self.changed.notify_waiters();

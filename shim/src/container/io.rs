@@ -16,6 +16,7 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -42,6 +43,14 @@ pub struct Stdio {
     pub stderr: String,
     /// The process has a terminal: one stream both ways.
     pub terminal: bool,
+}
+
+impl Stdio {
+    /// Paths of what is opened.
+    pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
+        let stderr = if self.terminal { "" } else { &self.stderr };
+        [self.stdin.as_str(), &self.stdout, stderr].into_iter().filter(|p| !p.is_empty()).map(PathBuf::from)
+    }
 }
 
 /// A stream that cannot be used.
@@ -281,7 +290,6 @@ fn is_ready(fd: &AsyncFd<OwnedFd>, wanted: PollFlags) -> bool {
 mod tests {
     use super::*;
     use std::io::{Read as _, Write as _};
-    use std::path::PathBuf;
 
     fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
         let path = dir.path().join(name);

@@ -256,7 +256,8 @@ impl GuestSpec {
                     _ => kept.push(option),
                 }
             }
-            let share = format!("{id}-mnt{}", self.binds.len());
+            // A colon is in no container's id, so no container's root has this name.
+            let share = format!("{id}:mnt{}", self.binds.len());
             mount.insert("type".into(), "bind".into());
             mount.insert("source".into(), format!("{share_path}/{share}").into());
             mount.insert("options".into(), kept.into());
@@ -452,13 +453,13 @@ mod tests {
         assert_eq!(
             spec.binds,
             [
-                Bind { source: "/var/lib/pod/hosts".into(), share: "web-mnt0".into(), read_only: false },
-                Bind { source: "/srv/data".into(), share: "web-mnt1".into(), read_only: true },
+                Bind { source: "/var/lib/pod/hosts".into(), share: "web:mnt0".into(), read_only: false },
+                Bind { source: "/srv/data".into(), share: "web:mnt1".into(), read_only: true },
             ]
         );
-        spec.set_bind_source(0, "/run/ctvm/share/web-mnt0/hosts".as_ref());
-        assert_eq!(spec.config["mounts"][4]["source"], "/run/ctvm/share/web-mnt0/hosts");
-        assert_eq!(spec.config["mounts"][5]["source"], "/run/ctvm/share/web-mnt1");
+        spec.set_bind_source(0, "/run/ctvm/share/web:mnt0/hosts".as_ref());
+        assert_eq!(spec.config["mounts"][4]["source"], "/run/ctvm/share/web:mnt0/hosts");
+        assert_eq!(spec.config["mounts"][5]["source"], "/run/ctvm/share/web:mnt1");
         assert_eq!(spec.config["mounts"][5]["type"], "bind");
         assert_eq!(spec.config["mounts"][5]["options"].to_string(), r#"["rbind","ro","rprivate"]"#);
         // Shared memory is the guest's own.

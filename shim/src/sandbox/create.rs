@@ -58,6 +58,7 @@ impl Sandbox {
         }
         let made = self.make(&container, &request).await;
         if let Err(e) = made {
+            self.forget_fifos(&stdio_of_create(&request));
             log::error!("creating container {}: {}", request.id, e.chain());
             self.unshare(&container).await;
             self.containers.lock().expect("no code panics while it holds this lock").remove(&request.id);
@@ -90,6 +91,7 @@ impl Sandbox {
         // What can be wrong on this side comes first, before the guest is asked for anything.
         let stdio = stdio_of_create(request);
         let fifos = Fifos::open(&stdio)?;
+        self.note_fifos(&stdio);
         let config_path = bundle.join("config.json");
         let config = std::fs::read(&config_path)
             .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
@@ -219,24 +221,41 @@ impl Sandbox {
             terminal: request.terminal,
         };
         let fifos = Fifos::open(&stdio)?;
+        self.note_fifos(&stdio);
+        let made = self.make_exec(&container, &request, &spec.value, &stdio, fifos).await;
+        if made.is_err() {
+            self.forget_fifos(&stdio);
+        }
+        made
+    }
+
+    async fn make_exec(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        request: &ExecProcessRequest,
+        spec: &[u8],
+        stdio: &Stdio,
+        fifos: Fifos,
+    ) -> Result<(), TaskError> {
         let vm = self.running_vm().ok_or(TaskError::Finished)?;
-        let named = Named::new(&vm, &stdio);
+        let named = Named::new(&vm, stdio);
         let mut to_agent = ExecProcessRequest::new();
         to_agent.id.clone_from(&request.id);
         to_agent.exec_id.clone_from(&request.exec_id);
         to_agent.terminal = request.terminal;
         (to_agent.stdin, to_agent.stdout, to_agent.stderr) = named.names();
-        to_agent.spec = MessageField::some(any(PROCESS_TYPE_URL, spec.value.clone()));
+        to_agent.spec = MessageField::some(any(PROCESS_TYPE_URL, spec.to_vec()));
         vm.agent.exec(&to_agent).await.map_err(|e| self.explained(e))?;
-        let process = Process::new(&request.exec_id, stdio, named.copying(fifos, request.terminal).await?);
+        let copying = named.copying(fifos, request.terminal).await?;
+        let process = Process::new(&request.exec_id, stdio.clone(), copying);
         if !container.add_exec(process.clone()) {
-            return Err(TaskError::Exists(request.exec_id));
+            return Err(TaskError::Exists(request.exec_id.clone()));
         }
         let mut event = TaskExecAdded::new();
-        event.container_id = request.id;
-        event.exec_id = request.exec_id;
+        event.container_id.clone_from(&request.id);
+        event.exec_id.clone_from(&request.exec_id);
         self.events.publish(&Event::ExecAdded(event));
-        self.watch_process(vm, container, process);
+        self.watch_process(vm, container.clone(), process);
         Ok(())
     }
 }

@@ -170,6 +170,7 @@ impl Sandbox {
         self.delete_in_guest(id, exec_id).await?;
         container.remove_exec(exec_id);
         process.copying.lock().await.stop();
+        self.forget_fifos(&process.stdio);
         Ok((self.task_pid(), exit_of(&process)))
     }
 
@@ -195,6 +196,7 @@ impl Sandbox {
         }
         for process in container.processes() {
             process.copying.lock().await.stop();
+            self.forget_fifos(&process.stdio);
         }
         self.unshare(&container).await;
         self.containers.lock().expect("no code panics while it holds this lock").remove(id);

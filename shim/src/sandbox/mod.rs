@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::clock;
 use crate::config::Config;
+use crate::container::io::Stdio;
 use crate::container::spec::Overview;
 use crate::container::{Container, Process};
 use crate::error::TaskError;
@@ -86,6 +87,7 @@ impl Sandbox {
             vmm: None,
             socket: socket.to_owned(),
             cgroup: None,
+            fifos: Vec::new(),
         };
         state.write(state_dir)?;
         let timeline = Timeline::new(state_dir, config.timeline_dir.as_deref(), namespace, id);
@@ -225,6 +227,16 @@ impl Sandbox {
         }
     }
 
+    /// A process has these streams from now on.
+    fn note_fifos(&self, stdio: &Stdio) {
+        self.change_state(|state| state.fifos.extend(stdio.paths()));
+    }
+
+    /// The process is no more, and what becomes of its fifos is its client's business.
+    fn forget_fifos(&self, stdio: &Stdio) {
+        self.change_state(|state| state.fifos.retain(|fifo| !stdio.paths().any(|path| path == *fifo)));
+    }
+
     /// Ends the sandbox if no container is left in it, or `now`. Everything of it on the host is gone when this
     /// returns, save this process. Says whether it ended.
     pub async fn shutdown(&self, now: bool) -> bool {
@@ -237,13 +249,19 @@ impl Sandbox {
         if self.closing.send_replace(Closing::Asked) != Closing::No {
             return true;
         }
-        // A boot on its way is given a moment; after that the end of the lease ends the VM.
+        // A boot on its way is given a moment.
         let vm = tokio::time::timeout(Duration::from_secs(1), self.vm()).await;
-        if let Ok(Ok(vm)) = vm {
+        if let Ok(Ok(vm)) = &vm {
             let exit = vm.vmm.stop(self.config.timeouts.shutdown()).await;
             log::info!("VM stopped: {exit}");
         }
         let state = self.state.lock().expect("no code panics while it holds this lock").clone();
+        if let (Err(_), Some(vmm)) = (&vm, &state.vmm) {
+            log::warn!("the VM still boots: killing its VMM");
+            if let Err(e) = vmm.end(Duration::ZERO) {
+                log::warn!("killing the VMM: {e}");
+            }
+        }
         if let Err(e) = remove_leftovers(&state, &self.state_dir) {
             log::warn!("cleaning up: {e}");
         }

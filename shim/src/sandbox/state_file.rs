@@ -36,6 +36,10 @@ pub struct State {
     /// A control group made for the VMM.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
+    /// Fifos of its processes. Their clients made them and remove them with the task; when the shim was killed,
+    /// containerd forgets the task by itself and no client comes.
+    #[serde(default)]
+    pub fifos: Vec<PathBuf>,
 }
 
 impl ProcessId {
@@ -183,6 +187,7 @@ mod tests {
             vmm: None,
             socket: "/run/s".into(),
             cgroup: None,
+            fifos: vec![],
         };
         state.write(&dir).unwrap();
         let with_vmm = State { vmm: Some(ProcessId { pid: 3, start_ticks: 4 }), ..state };
