@@ -54,6 +54,8 @@ const JUMP_IF_EQUAL: u16 = 0x15;
 const JUMP_IF_AT_LEAST: u16 = 0x35;
 const RETURN: u16 = 0x06;
 const CALL_NUMBER: u32 = 0;
+/// `SECCOMP_RET_ALLOW`.
+const ALLOW: u32 = 0x7fff_0000;
 /// What seccompiler's filters begin with: is it our architecture, if not end the process.
 const PROLOGUE: usize = 3;
 
@@ -69,10 +71,10 @@ fn compile(rules: &[Value], otherwise: &str) -> Result<BpfProgram, String> {
         by_call.entry(rule["syscall"].as_str().ok_or("a rule without syscall")?).or_default().push(rule);
     }
     let mut verdicts = BTreeMap::new();
-    let mut prologue = BpfProgram::new();
+    let mut filter = BpfProgram::new();
     for (call, rules) in by_call {
         let alone = compile_alone(&rules, otherwise)?;
-        prologue = alone[..PROLOGUE].to_vec();
+        filter = alone[..PROLOGUE].to_vec();
         let number = alone[PROLOGUE..].iter().find(|op| op.code == JUMP_IF_EQUAL).ok_or("no comparison")?.k;
         match rules.iter().filter(|rule| rule.get("args").is_none()).count() {
             0 => verdicts.insert(number, Verdict::Ask(alone)),
@@ -82,9 +84,8 @@ fn compile(rules: &[Value], otherwise: &str) -> Result<BpfProgram, String> {
     }
     let denied = compile_alone(&[&json!({ "syscall": "exit" })], otherwise)?;
     let deny = denied.last().expect("a filter ends with what is otherwise");
-    let mut filter = prologue;
     filter.push(sock_filter { code: LOAD_WORD, jt: 0, jf: 0, k: CALL_NUMBER });
-    filter.extend(search(&verdicts.into_iter().collect::<Vec<_>>(), deny)?);
+    filter.extend(search(verdicts.into_iter().collect(), deny)?);
     Ok(filter)
 }
 
@@ -98,35 +99,44 @@ fn compile_alone(rules: &[&Value], otherwise: &str) -> Result<BpfProgram, String
     Ok(filters.remove("thread").expect("the one given"))
 }
 
-/// A binary search for the call, which ends at its verdict or at `deny`. The accumulator holds the call's number.
-fn search(verdicts: &[(u32, Verdict)], deny: &sock_filter) -> Result<BpfProgram, String> {
-    const ALLOW: sock_filter = sock_filter { code: RETURN, jt: 0, jf: 0, k: 0x7fff_0000 };
-    let offset =
-        |len: usize| u8::try_from(len).map_err(|_| "the filter is too long for its jumps".to_owned());
-    let mut program = BpfProgram::new();
-    match verdicts {
-        [] => program.push(deny.clone()),
-        [(number, verdict)] => {
-            let body = match verdict {
-                Verdict::Allow => vec![ALLOW],
-                Verdict::Ask(filter) => filter.clone(),
-            };
-            program.push(sock_filter { code: JUMP_IF_EQUAL, jt: 0, jf: offset(body.len())?, k: *number });
-            program.extend(body);
-            program.push(deny.clone());
-        }
-        _ => {
-            let (below, above) = verdicts.split_at(verdicts.len() / 2);
-            let left = search(below, deny)?;
-            program.push(sock_filter {
-                code: JUMP_IF_AT_LEAST,
-                jt: offset(left.len())?,
-                jf: 0,
-                k: above[0].0,
-            });
-            program.extend(left);
-            program.extend(search(above, deny)?);
+/// A binary search for the call. The accumulator holds its number.
+///
+/// ```text
+/// comparisons | allow | deny | seccompiler's filters for calls with conditions
+/// ```
+fn search(verdicts: Vec<(u32, Verdict)>, deny: &sock_filter) -> Result<BpfProgram, String> {
+    let comparisons = 2 * verdicts.len() - 1;
+    let (allow, denied) = (comparisons, comparisons + 1);
+    let mut tail = vec![sock_filter { code: RETURN, jt: 0, jf: 0, k: ALLOW }, deny.clone()];
+    let mut leaves = Vec::with_capacity(verdicts.len());
+    for (number, verdict) in verdicts {
+        match verdict {
+            Verdict::Allow => leaves.push((number, allow)),
+            Verdict::Ask(filter) => {
+                leaves.push((number, comparisons + tail.len()));
+                tail.extend(filter);
+            }
         }
     }
+    let mut program = BpfProgram::with_capacity(comparisons + tail.len());
+    compare(&leaves, denied, &mut program)?;
+    debug_assert_eq!(program.len(), comparisons);
+    program.extend(tail);
     Ok(program)
+}
+
+/// Appends the comparisons among `leaves`: call numbers, ascending, and where each is answered.
+fn compare(leaves: &[(u32, usize)], denied: usize, program: &mut BpfProgram) -> Result<(), String> {
+    let here = program.len() + 1;
+    let jump =
+        |to: usize| u8::try_from(to - here).map_err(|_| "the filter is too long for its jumps".to_owned());
+    if let [(number, answer)] = leaves {
+        program.push(sock_filter { code: JUMP_IF_EQUAL, jt: jump(*answer)?, jf: jump(denied)?, k: *number });
+        return Ok(());
+    }
+    let (below, above) = leaves.split_at(leaves.len() / 2);
+    let right = here + 2 * below.len() - 1;
+    program.push(sock_filter { code: JUMP_IF_AT_LEAST, jt: jump(right)?, jf: 0, k: above[0].0 });
+    compare(below, denied, program)?;
+    compare(above, denied, program)
 }
