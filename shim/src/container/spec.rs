@@ -165,6 +165,10 @@ pub fn for_guest(config: &[u8], id: &str, share_path: &str, root: &str) -> Resul
             expected: "a list of at least one string",
         });
     }
+    let cwd = top.get("process").and_then(|p| p.get("cwd"));
+    if cwd.is_some_and(|cwd| !cwd.as_str().is_some_and(|path| path.starts_with('/'))) {
+        return Err(SpecError::Field { field: "process.cwd".into(), expected: "an absolute path" });
+    }
     if top.remove("hooks").is_some_and(|h| h.as_object().is_some_and(|h| !h.is_empty())) {
         warnings.push("hooks are not run: they are programs of the host".to_owned());
     }
@@ -480,6 +484,9 @@ mod tests {
         assert!(e.to_string().contains("mounts[5].source is missing or not a path"), "{e}");
         let e = with(|c| c["process"]["args"] = json!([])).unwrap_err();
         assert!(e.to_string().contains("process.args"), "{e}");
+        let relative = CTR.replace(r#""cwd": "/""#, r#""cwd": "usr""#);
+        let e = for_guest(relative.as_bytes(), "web", "/run/ctvm/share", "/").unwrap_err();
+        assert!(e.to_string().contains("process.cwd"), "{e}");
         let e = with(|c| c["linux"] = json!("x")).unwrap_err();
         assert!(e.to_string().contains("linux is missing or not an object"), "{e}");
         let e = for_guest(b"{", "web", "/s", "/s/web").unwrap_err();
