@@ -247,7 +247,11 @@ fn masked_and_read_only_paths_are_so() -> Result<()> {
 fn cgroup_limits_are_set_in_the_guest() -> Result<()> {
     let mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro";
     let options = ["--memory-limit", "33554432", "--cpus", "0.5", "--mount", mount];
-    let output = sh("limits", &options, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max")?;
+    let output = sh(
+        "limits",
+        &options,
+        "cd /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup) && cat memory.max cpu.max",
+    )?;
     assert_eq!(output.text(), "33554432\n50000 100000", "{}", output.errors());
     Ok(())
 }
