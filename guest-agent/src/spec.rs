@@ -3,7 +3,7 @@
 //! The shim has already made every path a guest path and taken out what belongs to the host (hooks, network
 //! namespace, host devices). What only the guest can know is done here.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxResources, Process, Spec};
 use protobuf::well_known_types::any::Any;
@@ -27,6 +27,9 @@ pub enum SpecError {
     /// A section is missing without which there is no container.
     #[error("configuration has no {0:?}")]
     Missing(&'static str),
+    /// The program could not be told where it starts.
+    #[error("process.cwd {0:?} is not an absolute path")]
+    Cwd(PathBuf),
     /// It becomes a file name.
     #[error("id {0:?} is not 1 to 128 of the letters A-Z a-z 0-9 _ + - . with another first than '.'")]
     Id(String),
@@ -98,6 +101,9 @@ fn value<T: serde::de::DeserializeOwned>(any: Option<&Any>, wanted: &'static str
 fn fit_process(process: &mut Process, terminal: bool) -> Result<(), SpecError> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(SpecError::Missing("process.args"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(SpecError::Cwd(process.cwd().clone()));
     }
     process.set_terminal(Some(terminal));
     // The library takes "false" for set when it decides when to load the seccomp filter, and then may not load it.
@@ -186,6 +192,13 @@ mod tests {
         let other = any("types.containerd.io/runc.Options", "{}");
         assert!(matches!(container(Some(&other), "c1", false), Err(SpecError::Type { .. })));
         assert!(matches!(container(Some(&spec_any("{")), "c1", false), Err(SpecError::Json(_))));
+    }
+
+    #[test]
+    fn relative_working_directory_is_refused() {
+        let json = MINIMAL.replace(r#""cwd":"/""#, r#""cwd":"tmp""#);
+        let error = container(Some(&spec_any(&json)), "c1", false).unwrap_err();
+        assert_eq!(error.to_string(), "process.cwd \"tmp\" is not an absolute path");
     }
 
     #[test]
