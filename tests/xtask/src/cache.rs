@@ -73,6 +73,7 @@ impl Cache {
             eprintln!("cache: {kind}/{name} is damaged, making it anew");
             remove(&entry)?;
         }
+        clear_interrupted(&folder);
         let temporary = folder.join(format!(".{name}.part"));
         remove(&temporary)?; // left by an interrupted run; we hold the lock
         fs::create_dir(&temporary).with_context(|| format!("make {}", temporary.display()))?;
@@ -268,6 +269,21 @@ pub fn lock(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// Removes what interrupted runs left of entries that nobody is making now. Their keys may never be asked for again.
+fn clear_interrupted(folder: &Path) {
+    for item in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = item.file_name().to_string_lossy().into_owned();
+        let Some(entry) = name.strip_suffix(".part") else { continue };
+        let Ok(file) = File::options().create(true).append(true).open(folder.join(format!("{entry}.lock")))
+        else {
+            continue;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = fs::remove_dir_all(item.path()); // another run may be removing it too
+        }
+    }
+}
+
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -340,6 +356,18 @@ mod tests {
         let entry = cache.entry("kind", &key("a"), fill).unwrap();
         assert!(!entry.join("sub/half").exists());
         assert!(entry.join("sub/a").exists());
+    }
+
+    #[test]
+    fn rest_of_another_interrupted_build_goes_unless_it_still_runs() {
+        let (folder, cache) = cache();
+        for name in ["dead", "alive"] {
+            fs::create_dir_all(folder.path().join(format!("kind/.{name}.part/sub"))).unwrap();
+        }
+        let _held = lock(&folder.path().join("kind/.alive.lock")).unwrap();
+        cache.entry("kind", &key("a"), fill).unwrap();
+        assert!(!folder.path().join("kind/.dead.part").exists());
+        assert!(folder.path().join("kind/.alive.part").exists());
     }
 
     #[test]
