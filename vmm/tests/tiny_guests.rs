@@ -10,6 +10,8 @@ use vmm_api::{ExitReason, FdIndex, Op, Reply, Stats, VmConfig, VsockConfig};
 
 /// `mov al, 0xfe; out 0x64, al; hlt; jmp $-1`: the keyboard controller's reset.
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+/// Writes to a port without end: `inc eax; out 0x80, al; jmp $-3`.
+const COUNT: &[u8] = &[0x40, 0xe6, 0x80, 0xeb, 0xfb];
 /// `jmp $`.
 const SPIN: &[u8] = &[0xeb, 0xfe];
 
@@ -102,9 +104,7 @@ fn a_guest_stands_still_while_paused() {
     if !kvm_or_skip("a_guest_stands_still_while_paused") {
         return;
     }
-    // Counts in a port without end: inc eax; out 0x80, al; jmp.
-    let code = [0x40, 0xe6, 0x80, 0xeb, 0xfb];
-    let mut vmm = boot(config(), &[kernel(&code)]);
+    let mut vmm = boot(config(), &[kernel(COUNT)]);
     let outs = |vmm: &mut Vmm| stats(vmm).exits["io_out"];
     while outs(&mut vmm) < 10 {}
     for _ in 0..20 {
@@ -153,7 +153,9 @@ fn every_thread_is_filtered() {
     if !kvm_or_skip("every_thread_is_filtered") {
         return;
     }
-    let mut vmm = boot(config(), &[kernel(SPIN)]);
+    let mut vmm = boot(config(), &[kernel(COUNT)]);
+    // A vCPU that has left the guest once has been filtered before.
+    while stats(&mut vmm).exits["io_out"] == 0 {}
     let tasks = std::fs::read_dir(format!("/proc/{}/task", vmm.pid())).unwrap();
     let mut names = vec![];
     for task in tasks {
