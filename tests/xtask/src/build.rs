@@ -11,9 +11,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 const STATIC: &str = "-C target-feature=+crt-static";
 
-/// The agent aborts on a panic: tables for unwinding would be a tenth of it, in every guest's image, for nothing.
-/// Bound to fixed addresses it has no relocations to do at each boot (guest-agent/README.md has the figures).
-const AGENT: &str = "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
+/// Bound to fixed addresses the agent has no relocations to do at each boot (guest-agent/README.md has the figures).
+const AGENT: &str = "-C target-feature=+crt-static -C relocation-model=static";
 
 /// Tests that look at the checkout: they run on this machine, not in the lab.
 const HOST_ONLY_TESTS: [&str; 1] = ["import_edges"];
