@@ -117,9 +117,9 @@ impl Default for Config {
 impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
-            vmm_ms: 10_000,
-            boot_ms: 30_000,
-            agent_ms: 30_000,
+            vmm_ms: 30_000,
+            boot_ms: 60_000,
+            agent_ms: 60_000,
             shutdown_ms: 1_000,
             drain_ms: 10_000,
             drain_quiet_ms: 1_000,

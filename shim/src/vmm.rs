@@ -164,15 +164,14 @@ pub fn find_binary(configured: Option<&Path>) -> Result<PathBuf, VmmError> {
         .ok_or(VmmError::NotFound(beside))
 }
 
-/// Starts a VMM and returns its process and our end of its control socket.
+/// Starts a VMM that logs to `log`, and returns its process and our end of its control socket.
 ///
 /// # Errors
 /// [`VmmError::Spawn`] and [`VmmError::Socket`].
-pub fn spawn(binary: &Path, slot: &mut ControlSlot) -> Result<(Child, OwnedFd), VmmError> {
+pub fn spawn(binary: &Path, slot: &mut ControlSlot, log: Stdio) -> Result<(Child, OwnedFd), VmmError> {
     let (ours, theirs) = frame::pair().map_err(VmmError::Socket)?;
     let mut command = Command::new(binary);
-    // Standard error stays: in the shim it is containerd's log.
-    command.stdin(Stdio::null()).stdout(Stdio::null()).current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
     let child = slot
         .with(&theirs, || command.spawn())
         .map_err(|e| VmmError::Socket(e.into()))?

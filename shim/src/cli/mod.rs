@@ -54,8 +54,13 @@ pub enum Failure {
     #[error("{0}")]
     Ended(ExitReason),
     /// The VMM ended without a word.
-    #[error("the VMM crashed or was killed ({0})")]
-    Crashed(ExitStatus),
+    #[error("the VMM crashed or was killed ({status}){}", said(.last_line))]
+    Crashed {
+        /// What the kernel says of its end.
+        status: ExitStatus,
+        /// The last line it logged.
+        last_line: String,
+    },
     /// The terminal, or another part of this process.
     #[error("{what}")]
     Local {
@@ -65,6 +70,10 @@ pub enum Failure {
         #[source]
         source: std::io::Error,
     },
+}
+
+fn said(last_line: &str) -> String {
+    if last_line.is_empty() { String::new() } else { format!(": {last_line}") }
 }
 
 impl Failure {
@@ -82,7 +91,7 @@ impl Failure {
             },
             Failure::Client(_) => 8,
             Failure::Ended(reason) => reason.exit_status(),
-            Failure::Crashed(_) => 14,
+            Failure::Crashed { .. } => 14,
             Failure::Local { .. } => 1,
         }
     }

@@ -3,12 +3,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, STREAM_PORT};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use vmm_api::config::{MAX_DISKS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
@@ -68,6 +71,9 @@ pub struct Run {
     /// The monitor's binary [default: beside this one, else in PATH]
     #[arg(long, value_name = "FILE")]
     pub vmm: Option<PathBuf>,
+    /// Show what the monitor logs
+    #[arg(long, short)]
+    pub verbose: bool,
 }
 
 fn memory_mib(text: &str) -> Result<u32, String> {
@@ -111,7 +117,14 @@ pub fn run(options: &Run, mut slot: ControlSlot) -> Result<(), Failure> {
     let config = vm_config(options, &mut files, input_theirs, output_theirs)?;
 
     let binary = vmm::find_binary(options.vmm.as_deref())?;
-    let (mut child, socket) = vmm::spawn(&binary, &mut slot)?;
+    // Kept in memory: an error is told once, in our words, unless the VMM had no chance to tell us.
+    let log = memfd_create("ctvm-vmm-log", MemfdFlags::CLOEXEC).map_err(|e| local("a log")(e.into()))?;
+    let log = File::from(log);
+    let vmm_log = match options.verbose {
+        true => Stdio::inherit(),
+        false => log.try_clone().map_err(local("a log"))?.into(),
+    };
+    let (mut child, socket) = vmm::spawn(&binary, &mut slot, vmm_log)?;
     let mut client = Client::new(socket);
     let booted = {
         let fds: Vec<BorrowedFd<'_>> = files.0.iter().map(AsFd::as_fd).collect();
@@ -131,8 +144,15 @@ pub fn run(options: &Run, mut slot: ControlSlot) -> Result<(), Failure> {
     match reason? {
         Some(ExitReason::Shutdown | ExitReason::GuestReset) => Ok(()),
         Some(reason) => Err(Failure::Ended(reason)),
-        None => Err(Failure::Crashed(status)),
+        None => Err(Failure::Crashed { status, last_line: last_line(&log) }),
     }
+}
+
+fn last_line(log: &File) -> String {
+    let mut end = [0; 4096];
+    let length = log.metadata().map_or(0, |m| m.len());
+    let n = log.read_at(&mut end, length.saturating_sub(4096)).unwrap_or(0);
+    String::from_utf8_lossy(&end[..n]).lines().next_back().unwrap_or_default().to_owned()
 }
 
 fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
@@ -408,6 +428,14 @@ mod tests {
         assert_eq!(cmdline(&run), "reboot=t panic=-1 console=hvc0 root=/dev/vda ro quiet");
         let run = parse("--kernel k --serial --console none").unwrap();
         assert_eq!(cmdline(&run), "reboot=t panic=-1 8250.nr_uarts=1 earlyprintk=ttyS0 console=ttyS0");
+    }
+
+    #[test]
+    fn the_last_line_of_a_log_is_found() {
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(last_line(&file), "");
+        (&file).write_all(format!("{}\nlast words\n", "x".repeat(9000)).as_bytes()).unwrap();
+        assert_eq!(last_line(&file), "last words");
     }
 
     #[test]

@@ -169,6 +169,10 @@ pub fn for_guest(config: &[u8], id: &str, share_path: &str, root: &str) -> Resul
     if cwd.is_some_and(|cwd| !cwd.as_str().is_some_and(|path| path.starts_with('/'))) {
         return Err(SpecError::Field { field: "process.cwd".into(), expected: "an absolute path" });
     }
+    let cwd = top.get("process").and_then(|p| p.get("cwd")).and_then(Value::as_str);
+    if cwd.is_none_or(|cwd| !cwd.starts_with('/')) {
+        return Err(field("process.cwd", "an absolute path"));
+    }
     if top.remove("hooks").is_some_and(|h| h.as_object().is_some_and(|h| !h.is_empty())) {
         warnings.push("hooks are not run: they are programs of the host".to_owned());
     }
@@ -487,6 +491,8 @@ mod tests {
         let relative = CTR.replace(r#""cwd": "/""#, r#""cwd": "usr""#);
         let e = for_guest(relative.as_bytes(), "web", "/run/ctvm/share", "/").unwrap_err();
         assert!(e.to_string().contains("process.cwd"), "{e}");
+        let e = with(|c| c["process"]["cwd"] = "relative".into()).unwrap_err();
+        assert!(e.to_string().contains("process.cwd is missing or not an absolute path"), "{e}");
         let e = with(|c| c["linux"] = json!("x")).unwrap_err();
         assert!(e.to_string().contains("linux is missing or not an object"), "{e}");
         let e = for_guest(b"{", "web", "/s", "/s/web").unwrap_err();

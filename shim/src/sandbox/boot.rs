@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 
 use agent_api::sandbox::{SetupRequest, SetupResponse};
@@ -161,7 +162,9 @@ pub async fn boot(
 
     let binary =
         vmm::find_binary(plan.config.vmm.as_deref()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
-    let (child, socket) = vmm::spawn(&binary, slot).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
+    // Our standard error is the bundle's log, for the VMM as well.
+    let (child, socket) =
+        vmm::spawn(&binary, slot, Stdio::inherit()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
     timeline.reached("vmm exec");
     spawned(child.id());
     let (vmm, events) = Vmm::adopt(child, socket).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
