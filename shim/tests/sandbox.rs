@@ -23,6 +23,7 @@ use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Events, create_events};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message as _, MessageField};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::json;
 use ttrpc::Code;
 use ttrpc::asynchronous::{Client, Server};
@@ -281,13 +282,23 @@ fn fifo(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// Reads a fifo to its end on a thread of its own, like a client.
+/// Reads a fifo to its end on a thread of its own. Like a client, it has the fifo open before the shim does.
 fn reader(path: &str) -> tokio::task::JoinHandle<Vec<u8>> {
-    let path = path.to_owned();
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let fifo = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).unwrap();
     tokio::task::spawn_blocking(move || {
+        let mut fifo = fs::File::from(fifo);
         let mut bytes = Vec::new();
-        fs::File::open(path).unwrap().read_to_end(&mut bytes).unwrap();
-        bytes
+        loop {
+            // Nothing to report before the first writer has come.
+            let mut ready = [PollFd::new(&fifo, PollFlags::IN)];
+            poll(&mut ready, None).unwrap();
+            match fifo.read_to_end(&mut bytes) {
+                Ok(_) => return bytes,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) => panic!("{e}"),
+            }
+        }
     })
 }
 
