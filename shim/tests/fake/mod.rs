@@ -12,13 +12,15 @@
 //! | `sleep` | runs until it is killed |
 //! | `missing` | cannot be started |
 //!
-//! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`.
+//! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`; with `fake=slow`
+//! it takes its time to show a directory.
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use agent_api::sandbox::{Sandbox, SetupRequest, SetupResponse, create_sandbox};
 use agent_api::stream::StreamId;
@@ -37,6 +39,9 @@ use vmm_api::{
     ApiError, CONTROL_FD, ErrorCode, Event, ExitReason, FdIndex, Message, Op, Outcome, Reply, Request,
     Timeline,
 };
+
+/// What `fake=slow` waits: any test's patience with a create is far below it.
+const SLOW: Duration = Duration::from_millis(500);
 
 /// Directories that the shim shows to the guest, by name.
 type Shares = Arc<Mutex<HashMap<String, OwnedFd>>>;
@@ -74,6 +79,9 @@ pub fn run() -> ! {
                 Outcome::Ok(Reply::Booted { timeline })
             }
             Op::FsMount { at, .. } => {
+                if fault == "slow" {
+                    std::thread::sleep(SLOW);
+                }
                 shares.lock().unwrap().insert(at, fds.remove(0));
                 Outcome::Ok(Reply::Done)
             }
