@@ -22,7 +22,6 @@ const MAY: &[(&str, &[&str])] = &[
             "virtio-queue",
             "kvm-ioctls",
             "kvm-bindings",
-            "linux-loader",
             "vmm-sys-util",
             "vm-superio",
             "seccompiler",
