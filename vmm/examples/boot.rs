@@ -60,7 +60,7 @@ fn parse(args: &[String]) -> Result<Options> {
                 image: FdIndex(0),
                 initrd: None,
                 cmdline:
-                    "console=hvc0 quiet reboot=t panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init"
+                    "console=hvc0 quiet reboot=k panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init"
                         .into(),
                 pvh: true,
             },

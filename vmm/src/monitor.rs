@@ -222,7 +222,9 @@ impl Monitor {
         }
         let (words, panicked) = vm.devices().last_words().unwrap_or_default();
         match reason {
-            ExitReason::GuestReset if panicked => ExitReason::GuestPanic { last_words: words },
+            ExitReason::GuestReset | ExitReason::VcpuFailed { .. } if panicked => {
+                ExitReason::GuestPanic { last_words: words }
+            }
             ExitReason::VcpuFailed { vcpu, detail, .. } => {
                 ExitReason::VcpuFailed { vcpu, detail, last_words: words }
             }

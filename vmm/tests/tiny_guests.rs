@@ -43,8 +43,8 @@ fn a_keyboard_reset_is_a_guest_reset() {
 }
 
 #[test]
-fn a_triple_fault_is_a_guest_reset() {
-    if !kvm_or_skip("a_triple_fault_is_a_guest_reset") {
+fn a_triple_fault_is_a_failure_with_its_place() {
+    if !kvm_or_skip("a_triple_fault_is_a_failure_with_its_place") {
         return;
     }
     // lidt of six zero bytes behind the code, then ud2: no handler for it, nor for the faults that follow.
@@ -54,7 +54,9 @@ fn a_triple_fault_is_a_guest_reset() {
     code.extend([0x0f, 0x0b]);
     code.extend([0; 6]);
     let mut vmm = boot(config(), &[kernel(&code)]);
-    assert_eq!(vmm.exit_reason(), ExitReason::GuestReset);
+    let ExitReason::VcpuFailed { vcpu: 0, detail, .. } = vmm.exit_reason() else { panic!("not a failure") };
+    assert!(detail.starts_with("triple fault") && detail.contains("rip 0x"), "{detail}");
+    assert_eq!(vmm.end().status.code(), Some(12));
 }
 
 #[test]

@@ -230,7 +230,7 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
 }
 
 fn cmdline(options: &Run) -> String {
-    let mut words = vec!["reboot=t", "panic=-1"];
+    let mut words = vec!["reboot=k", "panic=-1"];
     if options.serial {
         words.extend(["8250.nr_uarts=1", "earlyprintk=ttyS0", "console=ttyS0"]);
     }
@@ -425,9 +425,9 @@ mod tests {
     #[test]
     fn the_command_line_follows_the_devices() {
         let run = parse("--kernel k --rootfs r --cmdline quiet").unwrap();
-        assert_eq!(cmdline(&run), "reboot=t panic=-1 console=hvc0 root=/dev/vda ro quiet");
+        assert_eq!(cmdline(&run), "reboot=k panic=-1 console=hvc0 root=/dev/vda ro quiet");
         let run = parse("--kernel k --serial --console none").unwrap();
-        assert_eq!(cmdline(&run), "reboot=t panic=-1 8250.nr_uarts=1 earlyprintk=ttyS0 console=ttyS0");
+        assert_eq!(cmdline(&run), "reboot=k panic=-1 8250.nr_uarts=1 earlyprintk=ttyS0 console=ttyS0");
     }
 
     #[test]
