@@ -13,7 +13,7 @@ use agent_api::{PROCESS_TYPE_URL, SHARE_PATH, SPEC_TYPE_URL};
 use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
-use vmm_api::{FdIndex, Op};
+use vmm_api::{FdIndex, FsCache, Op};
 
 use crate::args;
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
@@ -27,6 +27,13 @@ use crate::sandbox::streams::Expected;
 /// How long the guest has to dial a stream after it said that a process is made. It dials first, so this is for
 /// the news to overtake nothing.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How the guest sees a host directory.
+#[derive(Debug, Clone, Copy)]
+struct ShareOptions {
+    read_only: bool,
+    cache: FsCache,
+}
 
 impl Sandbox {
     /// Makes a container; the task's process number.
@@ -102,15 +109,16 @@ impl Sandbox {
         let layers = rootfs::parse(&request.rootfs)?;
 
         let vm = self.vm().await?;
-        let (root, read_only) = self.root(bundle, &layers, &config)?;
-        self.share(&vm, container, id, root, read_only).await?;
+        let (root, options) = self.root(bundle, &layers, &config)?;
+        self.share(&vm, container, id, root, options).await?;
         for (index, bind) in guest.binds.clone().into_iter().enumerate() {
             let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share))?;
             if let Some(file) = &tree.file {
                 let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
                 guest.set_bind_source(index, &in_guest);
             }
-            self.share(&vm, container, &bind.share, tree.dir, bind.read_only).await?;
+            let options = ShareOptions { read_only: bind.read_only, cache: FsCache::Shared };
+            self.share(&vm, container, &bind.share, tree.dir, options).await?;
         }
 
         let named = Named::new(&vm, &stdio);
@@ -143,21 +151,24 @@ impl Sandbox {
         Ok(())
     }
 
-    /// The container's root directory, and whether it may only be read.
+    /// The container's root directory, and how the guest sees it.
     fn root(
         &self,
         bundle: &Path,
         layers: &[rootfs::Layer],
         config: &[u8],
-    ) -> Result<(OwnedFd, bool), TaskError> {
+    ) -> Result<(OwnedFd, ShareOptions), TaskError> {
         if layers.is_empty() {
             // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
             let path = bundle.join(spec::Overview::parse(config)?.root.path);
             let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
-            return Ok((rootfs::assemble(&[layer], bundle)?, false));
+            let options = ShareOptions { read_only: false, cache: FsCache::Shared };
+            return Ok((rootfs::assemble(&[layer], bundle)?, options));
         }
         let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
-        Ok((root, layers.iter().any(rootfs::Layer::read_only)))
+        // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
+        let read_only = layers.iter().any(rootfs::Layer::read_only);
+        Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive }))
     }
 
     /// Shows a directory to the guest.
@@ -167,9 +178,10 @@ impl Sandbox {
         container: &Container,
         name: &str,
         dir: OwnedFd,
-        read_only: bool,
+        options: ShareOptions,
     ) -> Result<(), TaskError> {
-        let mount = Op::FsMount { at: name.to_owned(), dir: FdIndex(0), read_only };
+        let ShareOptions { read_only, cache } = options;
+        let mount = Op::FsMount { at: name.to_owned(), dir: FdIndex(0), read_only, cache };
         vm.vmm.call(mount, &[dir.as_fd()], self.config.timeouts.vmm()).await?;
         container.add_share(name);
         Ok(())

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use tempfile::TempDir;
 use vmm_api::{
-    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, FsConfig, KernelConfig,
-    MemoryConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, FsCache, FsConfig,
+    KernelConfig, MemoryConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
 };
 
 use crate::command::{LIMIT, run};
@@ -102,7 +102,7 @@ impl GuestSpec {
         let image = give(File::open(share.join(self.kernel))?);
         let mut disks = Vec::new();
         let mut initrd = None;
-        let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=t");
+        let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=k");
         if self.initrd {
             initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?));
             cmdline += " rdinit=/sbin/init";
@@ -137,7 +137,7 @@ impl GuestSpec {
         guest.client.call(Op::Configure(Box::new(config)), &borrowed, LIMIT).context("configure")?;
         drop(fds);
         if let Some((dir, read_only)) = self.share {
-            let op = Op::FsMount { at: "share".into(), dir: FdIndex(0), read_only };
+            let op = Op::FsMount { at: "share".into(), dir: FdIndex(0), read_only, cache: FsCache::Shared };
             guest.client.call(op, &[dir.as_fd()], LIMIT).context("fs mount")?;
         }
         guest.client.call(Op::Boot, &[], LIMIT).context("boot")?;
@@ -285,7 +285,8 @@ fn make_tree(tree: &Path, script: &str) -> Result<()> {
     Ok(())
 }
 
-fn pack_initrd(tree: &Path, folder: &Path) -> Result<std::path::PathBuf> {
+/// Packs `tree` as an initial RAM disk in `folder`, uncompressed.
+pub fn pack_initrd(tree: &Path, folder: &Path) -> Result<std::path::PathBuf> {
     let file = folder.join("initrd");
     let script = "cd \"$1\" && find . | cpio --quiet -o -H newc > \"$2\"";
     run(Command::new("sh").args(["-c", script, "sh"]).arg(tree).arg(&file))?.ok()?;

@@ -34,7 +34,7 @@ pub use config::{
 pub use error::{ApiError, ErrorCode};
 pub use event::{Event, ExitReason};
 pub use frame::{FdIndex, Packet};
-pub use op::{Message, Op, Outcome, Reply, Request};
+pub use op::{FsCache, Message, Op, Outcome, Reply, Request};
 pub use stats::{Stats, Timeline};
 
 /// The file descriptor on which `ctvm-vmm` finds its control socket.

@@ -41,6 +41,9 @@ pub enum Op {
         /// The guest may not write below it.
         #[serde(default)]
         read_only: bool,
+        /// How far the guest may trust what it remembers of it.
+        #[serde(default)]
+        cache: FsCache,
     },
     /// Take a directory out of the share. Files that the guest holds open stay readable until it closes them.
     FsUnmount {
@@ -58,6 +61,19 @@ pub enum Op {
     Stats,
     /// Flush disks, stop, exit. Legal in every state. The reply comes before [`Event::Exiting`].
     Shutdown,
+}
+
+/// For how long a guest may believe what it was told about a host directory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsCache {
+    /// The host writes too: names and attributes count for a second, contents from open to open.
+    #[default]
+    Shared,
+    /// The host writes too, and the guest sees it at once: nothing counts.
+    Live,
+    /// Only this guest writes, through this mount alone: everything counts, file contents stay in guest memory.
+    Exclusive,
 }
 
 /// What the VMM sends.

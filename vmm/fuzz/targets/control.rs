@@ -118,7 +118,7 @@ fn op(input: &mut Input<'_>) -> Value {
         4 => json!("pause"),
         5 => json!("resume"),
         6 => json!({ "attach": { "disk": disk(input) } }),
-        7 => json!({ "fs_mount": { "at": text(input), "dir": number(input), "read_only": true } }),
+        7 => json!({ "fs_mount": { "at": text(input), "dir": number(input), "read_only": true, "cache": text(input) } }),
         8 => json!({ "fs_unmount": { "at": text(input) } }),
         9 => json!({ "vsock_connect": { "port": number(input), "timeout_ms": number(input) } }),
         10 => json!("stats"),

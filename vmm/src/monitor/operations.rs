@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use imagefs::MountOptions;
-use vmm_api::{ApiError, ErrorCode, Op, Reply, Stats, VmConfig};
+use imagefs::{Cache, MountOptions};
+use vmm_api::{ApiError, ErrorCode, FsCache, Op, Reply, Stats, VmConfig};
 
 use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
@@ -31,9 +31,9 @@ impl Monitor {
                 let disk = Disk::take(disk, &mut fds).map_err(|e| e.to_api())?;
                 self.attach(disk)
             }
-            Op::FsMount { at, dir, read_only } => {
+            Op::FsMount { at, dir, read_only, cache } => {
                 let dir = fds.take("dir", dir).map_err(|e| e.to_api())?;
-                self.fs_mount(&at, dir, read_only)
+                self.fs_mount(&at, dir, MountOptions { read_only, cache: cache_of(cache) })
             }
             other => {
                 fds = none_left(fds)?;
@@ -116,9 +116,8 @@ impl Monitor {
         DONE
     }
 
-    fn fs_mount(&self, at: &str, dir: OwnedFd, read_only: bool) -> Done {
+    fn fs_mount(&self, at: &str, dir: OwnedFd, options: MountOptions) -> Done {
         let files = self.vm().devices().files().ok_or_else(|| missing("file share"))?;
-        let options = MountOptions { read_only, ..MountOptions::default() };
         files.mount(at, dir, options).map_err(|e| e.to_api())?;
         DONE
     }
@@ -170,4 +169,13 @@ fn missing(device: &str) -> ApiError {
 fn none_left(fds: Fds) -> Result<Fds, ApiError> {
     fds.done().map_err(|e| e.to_api())?;
     Ok(Fds::new(vec![]))
+}
+
+/// The owner's word in the file server's terms.
+fn cache_of(asked: FsCache) -> Cache {
+    match asked {
+        FsCache::Shared => Cache::Shared,
+        FsCache::Live => Cache::Live,
+        FsCache::Exclusive => Cache::Exclusive,
+    }
 }

@@ -143,7 +143,7 @@ pub fn permit(state: State, op: &Op) -> Result<Permit, Denied> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vmm_api::{DiskConfig, FdIndex};
+    use vmm_api::{DiskConfig, FdIndex, FsCache};
 
     use super::*;
 
@@ -159,7 +159,7 @@ mod tests {
             Op::Pause,
             Op::Resume,
             Op::Attach { disk },
-            Op::FsMount { at: "a".into(), dir: FdIndex(0), read_only: true },
+            Op::FsMount { at: "a".into(), dir: FdIndex(0), read_only: true, cache: FsCache::Shared },
             Op::FsUnmount { at: "a".into() },
             Op::VsockConnect { port: 1, timeout_ms: 1 },
             Op::Stats,
