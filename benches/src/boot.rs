@@ -1,10 +1,16 @@
 //! Group `boot`: from exec of the VMM to the guest's PID 1 and to the agent being ready, by stage.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
 use anyhow::Result;
+use e2e::SHARE;
+use e2e::vm::pack_initrd;
 
 use crate::exits::Exits;
 use crate::rows::Row;
-use crate::subject::Subject;
+use crate::subject::{Root, Subject};
 
 /// The agent's first act.
 const INIT: &str = "CTVM-INIT";
@@ -26,7 +32,7 @@ impl Start {
 
 /// Times one start.
 pub fn start(subject: Subject) -> Result<Start> {
-    let mut vm = subject.start()?;
+    let mut vm = subject.start(Root::Disk)?;
     let exec_us = vm.exec_us;
     let since_exec = |us: u64| us.saturating_sub(exec_us) as f64 / 1000.0;
     let init = vm.wait_for_mark(INIT)?;
@@ -44,9 +50,9 @@ pub fn start(subject: Subject) -> Result<Start> {
 }
 
 /// Exits to user space from exec to PID 1.
-pub fn exits(subject: Subject) -> Result<usize> {
+pub fn exits(subject: Subject, root: Root<'_>) -> Result<usize> {
     let exits = Exits::count()?;
-    let mut vm = subject.start()?;
+    let mut vm = subject.start(root)?;
     vm.wait_for_mark(INIT)?;
     exits.stop()
 }
@@ -67,6 +73,9 @@ pub fn group(runs: usize) -> Result<(Vec<Row>, Pictures)> {
             }
         }
     }
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    let initrd = marking_initrd(folder.path())?;
+    let no_disk = Root::Initrd(&initrd);
     let mut rows = Vec::new();
     let mut pictures = Vec::new();
     for (subject, starts) in &starts {
@@ -83,11 +92,23 @@ pub fn group(runs: usize) -> Result<(Vec<Row>, Pictures)> {
             rows.extend(row.map(|r| if let Some(limit) = limit { r.budget(limit) } else { r }));
         }
         pictures.push((name.to_owned(), starts[0].clone()));
-        let counts = (0..3).map(|_| exits(*subject).map(|n| n as f64)).collect::<Result<Vec<_>>>()?;
-        let row = Row::of("boot", "exits to user space until PID 1", name, "exits", counts);
+        let count =
+            |root| (0..3).map(|_| exits(*subject, root).map(|n| n as f64)).collect::<Result<Vec<_>>>();
+        let row = Row::of("boot", "exits to user space until PID 1, no disk", name, "exits", count(no_disk)?);
         rows.extend(row.map(|r| if *subject == Subject::Ctvm { r.budget(200.0) } else { r }));
+        rows.extend(Row::of("boot", "exits to user space until PID 1", name, "exits", count(Root::Disk)?));
     }
     Ok((rows, pictures))
+}
+
+/// A root in memory whose first process says so and waits.
+fn marking_initrd(folder: &Path) -> Result<PathBuf> {
+    let tree = folder.join("tree");
+    fs::create_dir_all(tree.join("bin"))?;
+    fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/sh"))?;
+    fs::write(tree.join("init"), format!("#!/bin/sh\necho {INIT}\nread -r forever\n"))?;
+    fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755))?;
+    pack_initrd(&tree, folder)
 }
 
 /// Memory of a VM that has come up and does nothing: group `memory`.
@@ -96,7 +117,7 @@ pub fn memory(runs: usize) -> Result<Vec<Row>> {
     for subject in Subject::ALL {
         let (mut pss, mut anonymous, mut guest) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..runs.min(5) {
-            let mut vm = subject.start()?;
+            let mut vm = subject.start(Root::Disk)?;
             vm.wait_for_mark(READY)?;
             // What the agent does after it said that it is ready.
             std::thread::sleep(std::time::Duration::from_millis(500));

@@ -1,5 +1,6 @@
 //! The VMMs under measurement: ours, and the peer that Debian ships. Both get the same kernel, image, vCPU, memory
-//! and devices: a read-only disk, a console, vsock, entropy.
+//! and devices: a console, vsock, and a read-only disk or, without one, an initial RAM disk. No entropy device: the
+//! lab's processor has RDRAND.
 
 use std::fs::File;
 use std::io::Read;
@@ -23,8 +24,9 @@ pub const MEMORY_MIB: u32 = 128;
 /// The agent dials this port when it is ready.
 const READY_PORT: u32 = 1024;
 /// What every guest is told; the marks come from the agent.
-const CMDLINE: &str =
-    "console=hvc0 quiet panic=-1 reboot=t root=/dev/vda ro rootfstype=erofs init=/sbin/init ctvm_mark=1";
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=t ctvm_mark=1";
+/// And where its root is.
+const DISK_CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/sbin/init";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A VMM to measure.
@@ -34,6 +36,24 @@ pub enum Subject {
     Ctvm,
     /// `qemu-system-x86_64 -M microvm` with all that is optional off.
     Qemu,
+}
+
+/// What the guest's root is.
+#[derive(Debug, Clone, Copy)]
+pub enum Root<'a> {
+    /// The guest image as a disk, as it ships.
+    Disk,
+    /// An initial RAM disk, and no disk.
+    Initrd(&'a Path),
+}
+
+impl Root<'_> {
+    fn cmdline(self) -> String {
+        match self {
+            Root::Disk => format!("{CMDLINE} {DISK_CMDLINE}"),
+            Root::Initrd(_) => CMDLINE.to_owned(),
+        }
+    }
 }
 
 /// A VM that was started.
@@ -74,10 +94,10 @@ impl Subject {
     }
 
     /// Starts a VM.
-    pub fn start(self) -> Result<Started> {
+    pub fn start(self, root: Root<'_>) -> Result<Started> {
         match self {
-            Subject::Ctvm => start_ctvm(),
-            Subject::Qemu => start_qemu(),
+            Subject::Ctvm => start_ctvm(root),
+            Subject::Qemu => start_qemu(root),
         }
     }
 }
@@ -135,21 +155,28 @@ fn spawn_stamped(command: &mut Command) -> Result<(Child, u64)> {
     Ok((child, u64::from_le_bytes(stamp)))
 }
 
-fn start_ctvm() -> Result<Started> {
+fn start_ctvm(root: Root<'_>) -> Result<Started> {
     let (ours, theirs) = vmm_api::frame::pair()?;
     let share = Path::new(SHARE);
     let kernel = File::open(share.join("vmlinux"))?;
-    let rootfs = File::open(share.join("rootfs.erofs"))?;
     let (console, output) = std::io::pipe()?;
+    let (root_file, disks, initrd) = match root {
+        Root::Disk => {
+            let disk = DiskConfig { file: FdIndex(1), read_only: true, id: "root".into(), queues: 1 };
+            (share.join("rootfs.erofs"), vec![disk], None)
+        }
+        Root::Initrd(path) => (path.to_owned(), vec![], Some(FdIndex(1))),
+    };
+    let root_file = File::open(root_file)?;
     let config = VmConfig {
         version: PROTOCOL_VERSION,
         name: "bench".into(),
         vcpus: 1,
         memory: MemoryConfig { size_mib: MEMORY_MIB, backing: Default::default(), prefault: false },
-        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: CMDLINE.into(), pvh: true },
-        disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "root".into(), queues: 1 }],
+        kernel: KernelConfig { image: FdIndex(0), initrd, cmdline: root.cmdline(), pvh: true },
+        disks,
         vsock: Some(VsockConfig { cid: 3, ports: vec![READY_PORT] }),
-        rng: true,
+        rng: false,
         fs: None,
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
         serial: None,
@@ -158,7 +185,11 @@ fn start_ctvm() -> Result<Started> {
     command.stdin(Stdio::null()).fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;
     let (vmm, exec_us) = spawn_stamped(&mut command)?;
     let mut client = Client::new(ours);
-    client.call(Op::Configure(Box::new(config)), &[kernel.as_fd(), rootfs.as_fd(), output.as_fd()], LIMIT)?;
+    client.call(
+        Op::Configure(Box::new(config)),
+        &[kernel.as_fd(), root_file.as_fd(), output.as_fd()],
+        LIMIT,
+    )?;
     drop(output);
     let (Reply::Booted { timeline }, _) = client.call(Op::Boot, &[], LIMIT)? else {
         bail!("boot answered oddly")
@@ -166,23 +197,27 @@ fn start_ctvm() -> Result<Started> {
     Ok(Started { exec_us, vmm, console, timeline: Some(timeline), _control: Some(client), _listener: None })
 }
 
-fn start_qemu() -> Result<Started> {
+fn start_qemu(root: Root<'_>) -> Result<Started> {
     let listener = listen_vsock(READY_PORT)?;
     let (console, output) = std::io::pipe()?;
     let mut command = Command::new("qemu-system-x86_64");
     let machine = "microvm,accel=kvm,acpi=off,x-option-roms=off,rtc=off,pit=off,pic=off,isa-serial=off,auto-kernel-cmdline=on";
     command
         .args(["-M", machine, "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", CMDLINE])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", &root.cmdline()])
         .args(["-kernel", &format!("{SHARE}/vmlinux")])
-        .args(["-drive", &format!("id=root,file={SHARE}/rootfs.erofs,format=raw,if=none,readonly=on")])
-        .args(["-device", "virtio-blk-device,drive=root"])
         .args(["-chardev", "stdio,id=console,signal=off", "-device", "virtio-serial-device"])
         .args(["-device", "virtconsole,chardev=console"])
-        .args(["-device", "virtio-rng-device", "-device", "vhost-vsock-device,guest-cid=3"])
+        .args(["-device", "vhost-vsock-device,guest-cid=3"])
         .stdin(Stdio::null())
         .stdout(output)
         .stderr(Stdio::inherit());
+    match root {
+        Root::Disk => command
+            .args(["-drive", &format!("id=root,file={SHARE}/rootfs.erofs,format=raw,if=none,readonly=on")])
+            .args(["-device", "virtio-blk-device,drive=root"]),
+        Root::Initrd(path) => command.arg("-initrd").arg(path),
+    };
     let (vmm, exec_us) = spawn_stamped(&mut command)?;
     drop(command);
     Ok(Started { exec_us, vmm, console, timeline: None, _control: None, _listener: Some(listener) })
