@@ -1,8 +1,9 @@
 //! The host, as the agent reaches it: numbered ports that it dials and nothing that it listens on.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -11,6 +12,12 @@ use nix::sys::socket::{
 };
 
 use crate::fd::Fd;
+use crate::sys;
+
+/// How long the kernel waits for the host to answer a connect. The VMM answers for every port, so an answer that is
+/// late comes from a host that is busy; and one that comes after the kernel gave up leaves the host with a connection
+/// that nobody has here. The host's own limits end what really hangs.
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// Where the ports are.
 #[derive(Debug, Clone)]
@@ -25,7 +32,7 @@ impl Host {
     /// Connects to `port`, waiting in the kernel. For the one connection that is made before the runtime exists.
     ///
     /// # Errors
-    /// ECONNRESET when the host does not serve the port; ETIMEDOUT after the kernel's two seconds.
+    /// ECONNRESET when the host does not serve the port; ETIMEDOUT when it has not answered for [`ANSWER`].
     pub fn dial_now(&self, port: u32) -> io::Result<OwnedFd> {
         self.open(port, SockFlag::SOCK_CLOEXEC)
     }
@@ -45,16 +52,20 @@ impl Host {
 
     fn open(&self, port: u32, flags: SockFlag) -> io::Result<OwnedFd> {
         match self {
-            Self::Vsock => start(AddressFamily::Vsock, &VsockAddr::new(agent_api::HOST_CID, port), flags),
+            Self::Vsock => {
+                let fd = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
+                sys::set_connect_timeout(fd.as_fd(), ANSWER)?;
+                start(fd, &VsockAddr::new(agent_api::HOST_CID, port))
+            }
             Self::Unix(dir) => {
-                start(AddressFamily::Unix, &UnixAddr::new(&dir.join(port.to_string()))?, flags)
+                let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+                start(fd, &UnixAddr::new(&dir.join(port.to_string()))?)
             }
         }
     }
 }
 
-fn start(family: AddressFamily, address: &dyn SockaddrLike, flags: SockFlag) -> io::Result<OwnedFd> {
-    let fd = socket(family, SockType::Stream, flags, None)?;
+fn start(fd: OwnedFd, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
     match connect(fd.as_raw_fd(), address) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(fd),
         Err(error) => Err(error.into()),

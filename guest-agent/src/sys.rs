@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
@@ -145,6 +146,30 @@ pub fn loopback_up() -> io::Result<()> {
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
+/// How long a connect on this vsock socket may take before the kernel gives it up; by default two seconds (vsock(7)).
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn set_connect_timeout(vsock: BorrowedFd<'_>, patience: Duration) -> io::Result<()> {
+    // SO_VM_SOCKETS_CONNECT_TIMEOUT of <linux/vm_sockets.h>, in the form that every kernel since 3.9 knows.
+    const CONNECT_TIMEOUT: libc::c_int = 6;
+    let seconds = libc::time_t::try_from(patience.as_secs()).map_err(io::Error::other)?;
+    let timeout = libc::timeval { tv_sec: seconds, tv_usec: 0 };
+    let size = libc::socklen_t::try_from(size_of_val(&timeout)).expect("a small number");
+    // SAFETY: setsockopt reads `size` bytes of `timeout`, which lives here; the descriptor is borrowed, so open.
+    let done = unsafe {
+        libc::setsockopt(
+            vsock.as_raw_fd(),
+            libc::AF_VSOCK,
+            CONNECT_TIMEOUT,
+            (&raw const timeout).cast(),
+            size,
+        )
+    };
+    Errno::result(done)?;
+    Ok(())
+}
+
 /// Sets a terminal's size in characters (`TIOCSWINSZ`, ioctl_tty(2)); the foreground process group gets SIGWINCH.
 ///
 /// # Errors
@@ -191,4 +216,32 @@ pub fn receive_fd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         }
     }
     Err(io::Error::new(io::ErrorKind::InvalidData, "message carries no descriptor"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+    use super::*;
+
+    #[test]
+    fn a_connect_may_take_as_long_as_asked() {
+        let socket = match socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None) {
+            Err(Errno::EAFNOSUPPORT) => {
+                eprintln!("not run: this kernel has no vsock");
+                return;
+            }
+            other => other.unwrap(),
+        };
+        set_connect_timeout(socket.as_fd(), Duration::from_secs(60)).unwrap();
+        let mut got = libc::timeval { tv_sec: 0, tv_usec: 0 };
+        let mut size = libc::socklen_t::try_from(size_of_val(&got)).unwrap();
+        // SAFETY: getsockopt writes at most `size` bytes to `got`.
+        let done = unsafe {
+            libc::getsockopt(socket.as_raw_fd(), libc::AF_VSOCK, 6, (&raw mut got).cast(), &raw mut size)
+        };
+        assert_eq!((done, got.tv_sec, got.tv_usec), (0, 60, 0));
+    }
 }

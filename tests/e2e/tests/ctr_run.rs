@@ -257,8 +257,6 @@ fn cgroup_limits_are_set_in_the_guest() -> Result<()> {
 }
 
 #[test]
-#[ignore = "open defect: with ten guests booting at once on two emulated processors, one of them now and then resets \
-            before its agent is ready"]
 fn ten_containers_start_at_once() -> Result<()> {
     std::thread::scope(|scope| {
         let runs: Vec<_> = (0..10)
