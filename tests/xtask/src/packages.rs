@@ -8,7 +8,7 @@ use crate::cache::Cache;
 use crate::steps::{output, quietly, step};
 
 /// Package and why it is needed.
-const NEEDED: [(&str, &str); 13] = [
+const NEEDED: [(&str, &str); 14] = [
     ("bc", "guest kernel"),
     ("binutils", "guest kernel"),
     ("bison", "guest kernel"),
@@ -20,6 +20,7 @@ const NEEDED: [(&str, &str); 13] = [
     ("libseccomp-dev", "guest agent"),
     ("libssl-dev", "guest kernel"),
     ("make", "guest kernel"),
+    ("patch", "guest kernel"),
     ("pkg-config", "guest agent"),
     ("xz-utils", "guest kernel"),
 ];
