@@ -18,6 +18,7 @@ use crate::control::{Control, Incoming};
 use crate::dials::Dials;
 use crate::error::Coded;
 use crate::event_loop::{EventLoop, Interest, Token};
+use crate::kvm::{Coming, Shell};
 use crate::vcpu::End;
 use crate::vm::Vm;
 use crate::vm::builder::VmError;
@@ -42,6 +43,8 @@ pub struct Monitor {
     events: EventLoop,
     state: State,
     vm: Option<Vm>,
+    /// An empty VM, begun before the owner says what it shall be.
+    shell: Option<Coming>,
     timeline: Timeline,
     dials: Dials,
     /// Why the last `Configure` failed.
@@ -65,6 +68,8 @@ impl Monitor {
             events,
             state: State::Created,
             vm: None,
+            // A thread that cannot be had costs time only: `Configure` does without.
+            shell: Shell::begin().ok(),
             timeline: Timeline { main_us, ..Timeline::default() },
             dials: Dials::default(),
             refused: None,

@@ -19,7 +19,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace
 use kvm_ioctls::{Cap, VmFd};
 
 pub use irq::KickAddress;
-pub use shell::Shell;
+pub use shell::{Coming, Shell};
 pub use vcpu::{Entered, Kicker, KvmVcpu, register_kick_signal};
 
 use crate::memory::GuestRam;

@@ -87,7 +87,7 @@ impl Monitor {
     fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
         let config = ValidConfig::check(config, fds)?;
         let timeline = &mut self.timeline;
-        builder::build(&self.events, config, || timeline.kvm_ready_us = monotonic_us())
+        builder::build(&self.events, self.shell.take(), config, || timeline.kvm_ready_us = monotonic_us())
     }
 
     fn boot(&mut self) -> Done {

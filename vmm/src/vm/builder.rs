@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::thread;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -16,15 +15,12 @@ use crate::bus::{Bus, Overlap};
 use crate::config::{ConfigError, ValidConfig};
 use crate::devices::{DeviceError, Devices, Host};
 use crate::event_loop::{EventLoop, Token};
-use crate::kvm::{self, KvmError, KvmVcpu, KvmVm, Shell};
+use crate::kvm::{self, Coming, KvmError, KvmVcpu, KvmVm, Shell};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::Serial;
 use crate::memory::{GuestRam, MemoryError};
 use crate::seccomp::{self, Role};
 use crate::vcpu::{Ends, VcpuError, Vcpus};
-
-/// Loading reads straight into guest memory.
-const LOADER_STACK: usize = 64 << 10;
 
 /// A VM cannot be made, or driven.
 #[derive(Debug, thiserror::Error)]
@@ -67,10 +63,20 @@ pub enum VmError {
     },
 }
 
-/// Makes a VM with its kernel loaded; its devices wait on `events`. `made` is called when KVM's part exists.
-pub fn build(events: &EventLoop, config: ValidConfig, made: impl FnOnce()) -> Result<Vm, VmError> {
+/// Makes a VM with its kernel loaded; its devices wait on `events`. `shell` is the empty VM, if one has been begun;
+/// `made` is called when KVM's part exists.
+pub fn build(
+    events: &EventLoop,
+    shell: Option<Coming>,
+    config: ValidConfig,
+    made: impl FnOnce(),
+) -> Result<Vm, VmError> {
     let ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
-    let (Shell { vm, cpuid }, kernel, initrd) = load_beside(&ram, &config)?;
+    // While the host makes the VM.
+    let loaded = load(&ram, &config);
+    // A host without KVM is the first thing to put right.
+    let Shell { vm, cpuid } = shell.map_or_else(Shell::make, Coming::wait).map_err(VmError::NoKvm)?;
+    let (kernel, initrd) = loaded?;
     // Before the interrupt controller: a slot set after it waits for a grace period of the host.
     vm.map_ram(&ram)?;
     vm.set_tss_address(layout::TSS)?;
@@ -113,23 +119,6 @@ pub fn build(events: &EventLoop, config: ValidConfig, made: impl FnOnce()) -> Re
         vcpus: Vcpus::default(),
         ports,
         ends,
-    })
-}
-
-/// Loads the kernel on a thread of its own while the host makes the VM, which is mostly waiting.
-fn load_beside(ram: &GuestRam, config: &ValidConfig) -> Result<(Shell, Kernel, Option<Initrd>), VmError> {
-    thread::scope(|scope| {
-        let loading = thread::Builder::new()
-            .name("load".to_owned())
-            .stack_size(LOADER_STACK)
-            .spawn_scoped(scope, || load(ram, config))
-            .map_err(host("start a thread"))?;
-        let shell = Shell::make().map_err(VmError::NoKvm);
-        let loaded = loading.join().expect("loading a kernel does not panic");
-        // A host without KVM is the first thing to put right.
-        let shell = shell?;
-        let (kernel, initrd) = loaded?;
-        Ok((shell, kernel, initrd))
     })
 }
 
