@@ -29,35 +29,24 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Suite {
     Bookworm,
-    /// Backports first, bookworm for what they lack.
-    BookwormBackports,
     Trixie,
 }
 
 impl Suite {
-    const ALL: [Self; 3] = [Self::Bookworm, Self::BookwormBackports, Self::Trixie];
+    const ALL: [Self; 2] = [Self::Bookworm, Self::Trixie];
 
     fn name(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
-            Self::BookwormBackports => "bookworm-backports",
             Self::Trixie => "trixie",
-        }
-    }
-
-    fn sources(self) -> &'static [&'static str] {
-        match self {
-            Self::Bookworm => &["bookworm"],
-            Self::BookwormBackports => &["bookworm", "bookworm-backports"],
-            Self::Trixie => &["trixie"],
         }
     }
 }
 
-/// One package of a closure, as the mirror has it.
+/// One package of a closure, or a source, as the mirror has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Package {
-    /// File name: `name_version_arch.deb`.
+    /// File name: `name_version_arch.deb`, or `name_version.orig.tar.xz`.
     pub file: String,
     pub sha256: String,
 }
@@ -131,6 +120,28 @@ impl<'a> Apt<'a> {
             .collect()
     }
 
+    /// The upstream archive of a source package.
+    pub fn resolve_source(&self, suite: Suite, name: &str) -> Result<Package> {
+        let text = output(self.apt_get(suite).args(["--print-uris", "-qq", "--tar-only", "source", name]))?;
+        parse_uri_line(text.lines().next().unwrap_or_default())
+            .with_context(|| format!("look up the source of {name} in {}", suite.name()))
+    }
+
+    /// Path of the archive that [`Apt::resolve_source`] found, downloaded if need be.
+    pub fn fetch_source(&self, suite: Suite, name: &str, source: &Package) -> Result<PathBuf> {
+        let entry = self.cache.entry("source", &deb_key(source), |folder| {
+            let mut command = self.apt_get(suite);
+            command.current_dir(folder).args(["-qq", "--tar-only", "--download-only", "source", name]);
+            step(&format!("download the source of {name}"), || {
+                quietly(self.cache, "download", &mut command).context(Download)
+            })?;
+            let found = hash_file(&folder.join(&source.file))?;
+            ensure!(found == source.sha256, "{} has SHA-256 {found}, not {}", source.file, source.sha256);
+            Ok(())
+        })?;
+        Ok(entry.join(&source.file))
+    }
+
     /// Does `work`; when it fails, maybe because the mirror moved on, once more with fresh lists.
     pub fn with_fresh_lists_if_needed<T>(&self, work: impl Fn() -> Result<T>) -> Result<T> {
         let first = match work() {
@@ -200,8 +211,8 @@ impl<'a> Apt<'a> {
         let signed =
             if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
         for suite in Suite::ALL {
-            let lines: String =
-                suite.sources().iter().map(|name| format!("deb {signed}{mirror} {name} main\n")).collect();
+            let name = suite.name();
+            let lines = format!("deb {signed}{mirror} {name} main\ndeb-src {signed}{mirror} {name} main\n");
             fs::write(self.root.join(format!("{}.list", suite.name())), lines)
                 .context("write a sources list")?;
             fs::create_dir_all(self.root.join(format!("cache-{}/archives/partial", suite.name())))?;
@@ -227,7 +238,7 @@ impl<'a> Apt<'a> {
     }
 
     fn stamp(&self) -> PathBuf {
-        self.root.join("lists-fetched")
+        self.root.join("lists-and-sources-fetched")
     }
 }
 

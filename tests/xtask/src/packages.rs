@@ -1,4 +1,4 @@
-//! Packages that builds need on this machine. The lab itself needs none: it runs from unpacked packages.
+//! Packages that builds need on this machine. What runs in the lab needs none: it comes from unpacked packages.
 
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use crate::cache::Cache;
 use crate::steps::{output, quietly, step};
 
 /// Package and why it is needed.
-const NEEDED: [(&str, &str); 14] = [
+const NEEDED: [(&str, &str); 18] = [
     ("bc", "guest kernel"),
     ("binutils", "guest kernel"),
     ("bison", "guest kernel"),
@@ -17,11 +17,15 @@ const NEEDED: [(&str, &str); 14] = [
     ("g++", "fuzzer"),
     ("gcc", "everything"),
     ("libelf-dev", "guest kernel"),
+    ("libglib2.0-dev", "the lab's QEMU"),
     ("libseccomp-dev", "guest agent"),
+    ("libslirp-dev", "the lab's QEMU"),
     ("libssl-dev", "guest kernel"),
     ("make", "guest kernel"),
-    ("patch", "guest kernel"),
-    ("pkg-config", "guest agent"),
+    ("ninja-build", "the lab's QEMU"),
+    ("patch", "guest kernel, the lab's QEMU"),
+    ("pkg-config", "guest agent, the lab's QEMU"),
+    ("python3-venv", "the lab's QEMU"),
     ("xz-utils", "guest kernel"),
 ];
 

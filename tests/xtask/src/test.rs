@@ -20,10 +20,6 @@ use crate::{build, fuzz, packages};
 /// One end-to-end test program may take this long.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// How often the lab machine may die in a run of the tests. Its own kernel does now and then, with the processor's state
-/// mixed up by the emulation of SVM (tests/README.md): that says nothing about what is tested. Each death is shown.
-const LAB_DEATHS: u32 = 2;
-
 /// Tests that count what is left on the machine, one at a time.
 const ALONE: [&str; 1] = ["nothing_left"];
 
@@ -140,34 +136,15 @@ fn in_lab(cache: &Cache, options: &Options) -> Result<Count> {
         product.add_stripped("tests", program, name)?;
     }
     let shape = Shape { product: Some(product), ..Shape::default() };
-    let start = || step("start the lab", || Machine::start(cache, &shape));
-    let mut machine = start()?;
-    let mut deaths = 0;
+    let machine = step("start the lab", || Machine::start(cache, &shape))?;
     let mut count = Count::default();
-    let mut left = tests.iter().map(|(name, _)| name.as_str()).peekable();
-    while let Some(name) = left.peek() {
-        match step(&format!("end-to-end tests: {name}"), || run_one(machine.client(), name, options)) {
-            Ok(one) => {
-                count.add(one);
-                left.next();
-            }
-            // Not a test, the lab itself failed: what it still said is all there is.
-            Err(error) => {
-                machine.show_console();
-                deaths += 1;
-                eprintln!("the lab machine died (death {deaths}, {LAB_DEATHS} borne): {error:#}");
-                if deaths > LAB_DEATHS {
-                    return Err(error);
-                }
-                machine = start()?;
-            }
-        }
+    for (name, _) in &tests {
+        let one = step(&format!("end-to-end tests: {name}"), || run_one(machine.client(), name, options));
+        // Not a test, the lab itself failed: what it still said is all there is.
+        count.add(one.inspect_err(|_| machine.show_console())?);
     }
     if count.failed > 0 {
         machine.show_console();
-    }
-    if deaths > 0 {
-        println!("the lab machine died {deaths} time(s); what it was running was run again from its start");
     }
     Ok(count)
 }

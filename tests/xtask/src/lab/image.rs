@@ -1,4 +1,4 @@
-//! What a lab machine is made of: a QEMU for the host, a kernel and a root image, each from Debian packages.
+//! What a lab machine runs: a kernel and a root image from Debian packages.
 
 use std::fs;
 use std::io::Write;
@@ -50,15 +50,6 @@ const KERNEL: [&str; 1] = ["linux-image-cloud-amd64"];
 
 /// Modules that the initramfs needs to mount the root.
 const ROOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "erofs", "overlay"];
-
-/// Which QEMU emulates the lab machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Emulator {
-    /// 10.0 from backports: two CPUs without freezing (7.2 froze once in 70 microVM starts).
-    Backports,
-    /// 7.2: counts instructions as time (10.0 hung in the firmware then).
-    Stable,
-}
 
 /// Kernel, first modules and root image of the lab machine.
 #[derive(Debug, Clone)]
@@ -113,26 +104,6 @@ impl Image {
         put(&mut archive, "TRAILER!!!", 0, &[]);
         fs::File::create(path).and_then(|mut file| file.write_all(&archive)).context("write the initramfs")
     }
-}
-
-/// A QEMU that runs from where it was unpacked, with nothing installed on this machine.
-pub fn emulator(cache: &Cache, apt: &Apt<'_>, which: Emulator) -> Result<Tree> {
-    let (suite, request) = match which {
-        Emulator::Backports => (Suite::BookwormBackports, ["qemu-system-x86"]),
-        Emulator::Stable => (Suite::Bookworm, ["qemu-system-x86"]),
-    };
-    apt.with_fresh_lists_if_needed(|| {
-        let packages = apt.resolve(suite, &request)?;
-        let mut key = Key::new("emulator", 1);
-        for package in &packages {
-            key = key.text(&package.file).text(&package.sha256);
-        }
-        let folder = cache.entry("qemu", &key, |folder| {
-            let files = apt.fetch(suite, &request, &packages)?;
-            step("unpack QEMU", || Tree::create(folder)?.unpack(&files))
-        })?;
-        Ok(Tree::at(&folder))
-    })
 }
 
 fn make(cache: &Cache, folder: &Path, user_land: &[PathBuf], kernel: &[PathBuf]) -> Result<()> {

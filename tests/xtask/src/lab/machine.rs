@@ -19,7 +19,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::client::Client;
-use super::image::{Emulator, Image, emulator};
+use super::image::Image;
+use super::qemu::Qemu;
 use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::host::{self, Kvm};
@@ -146,8 +147,7 @@ impl Machine {
         let apt = Apt::open(cache)?;
         let image = Image::get(cache, &apt)?;
         let kvm = if shape.exact || !host::nests() { Kvm::Absent } else { host::kvm() };
-        let which = if shape.exact { Emulator::Stable } else { Emulator::Backports };
-        let tree = emulator(cache, &apt, which)?;
+        let qemu = Qemu::get(cache, &apt)?;
         let lab_init = crate::build::lab_init()?;
         image.write_initramfs(&lab_init, &folder.join("initramfs"))?;
         if let Some(product) = &shape.product {
@@ -157,18 +157,14 @@ impl Machine {
         for _ in 0..3 {
             let port = free_port()?;
             let ready = listen(folder)?;
-            let mut command = tree.program("usr/bin/qemu-system-x86_64");
-            command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"));
-            for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
-                command.arg("-L").arg(tree.path(firmware));
-            }
+            let mut command = qemu.command();
             arguments(&mut command, shape, kvm, &image, port);
-            let qemu = spawn(command, folder, stay)?;
+            let process = spawn(command, folder, stay)?;
             let client = Client::new(port, shape.exact);
             let mut machine = Self {
                 folder: folder.to_path_buf(),
                 client,
-                qemu: Some(qemu),
+                qemu: Some(process),
                 keep_folder: stay,
                 logs: cache.folder("logs")?,
             };

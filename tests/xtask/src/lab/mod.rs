@@ -3,6 +3,7 @@
 pub mod client;
 pub mod image;
 pub mod machine;
+pub mod qemu;
 
 use std::io;
 use std::path::Path;
