@@ -23,7 +23,12 @@ pub struct Containerd {
 impl Containerd {
     /// Starts containerd with root, state and socket in a folder of its own, and imports the test image.
     pub fn start() -> Result<Containerd> {
-        let folder = tempfile::Builder::new().prefix("ctd").tempdir_in("/var/tmp")?;
+        Self::start_in(Path::new("/var/tmp"))
+    }
+
+    /// The same, with its folder in `parent`.
+    pub fn start_in(parent: &Path) -> Result<Containerd> {
+        let folder = tempfile::Builder::new().prefix("ctd").tempdir_in(parent)?;
         let config = folder.path().join("config.toml");
         fs::write(
             &config,

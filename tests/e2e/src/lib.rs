@@ -7,11 +7,13 @@
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod small_fs;
 pub mod vm;
 
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
 pub use containerd::Containerd;
+pub use small_fs::SmallFs;
 
 /// Where the product's binaries are in the lab machine.
 pub const BIN: &str = "/opt/ctvm/bin";

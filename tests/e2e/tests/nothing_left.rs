@@ -4,7 +4,7 @@
 use anyhow::Result;
 use e2e::command::wait_until;
 use e2e::containerd::{kill_9, pids_of};
-use e2e::{Census, Containerd};
+use e2e::{Census, Containerd, SmallFs, run};
 
 const SHIM: &str = "containerd-shim-ctvm-v2";
 const VMM: &str = "ctvm-vmm";
@@ -44,4 +44,58 @@ fn every_count_comes_back() -> Result<()> {
     survives(&containerd, "both-killed", || {
         pids_of(SHIM)?.into_iter().chain(pids_of(VMM)?).try_for_each(kill_9)
     })
+}
+
+#[test]
+fn a_host_without_room_for_a_sandbox_says_so_and_nothing_is_left() -> Result<()> {
+    let containerd = Containerd::start()?;
+    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let before = Census::take()?;
+    {
+        let small = SmallFs::mount(64 << 10)?;
+        let _mount = Bind::over(small.path(), "/run/ctvm")?;
+        small.fill()?;
+        let full = Census::take()?;
+        let finished = containerd.run(&["--rm"], "full", &["true"])?;
+        assert_ne!(finished.code, 0);
+        assert!(finished.errors().contains("No space left on device"), "{}", finished.errors());
+        assert!(finished.errors().contains("/run/ctvm/"), "which place is full: {}", finished.errors());
+        run(containerd.ctr().args(["containers", "rm", "full"]))?; // `ctr` leaves its record
+        full.settle()?;
+    }
+    before.settle()?;
+    assert_eq!(containerd.run(&["--rm"], "room-again", &["true"])?.code, 0);
+    before.settle()
+}
+
+#[test]
+fn a_container_that_fills_its_root_gets_an_error_and_others_go_on() -> Result<()> {
+    let before = Census::take()?;
+    {
+        let small = SmallFs::mount(32 << 20)?;
+        let containerd = Containerd::start_in(small.path())?;
+        let script =
+            "dd if=/dev/zero of=/fill bs=1M; echo code=$?; echo lives > /dev/shm/x && cat /dev/shm/x";
+        let finished = containerd.run(&["--rm"], "fills", &["sh", "-c", script])?;
+        assert_eq!(finished.text(), "code=1\nlives", "{}", finished.errors());
+        assert!(finished.errors().contains("No space left on device"), "{}", finished.errors());
+        assert_eq!(containerd.run(&["--rm"], "after", &["true"])?.code, 0);
+    }
+    before.settle()
+}
+
+/// A bind mount over an existing folder; unmounted when dropped.
+struct Bind(&'static str);
+
+impl Bind {
+    fn over(source: &std::path::Path, target: &'static str) -> Result<Bind> {
+        run(std::process::Command::new("mount").arg("--bind").arg(source).arg(target))?.ok()?;
+        Ok(Bind(target))
+    }
+}
+
+impl Drop for Bind {
+    fn drop(&mut self) {
+        let _ = run(std::process::Command::new("umount").args(["-l", self.0])); // a lazy unmount always succeeds
+    }
 }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use anyhow::Result;
+use e2e::SmallFs;
 use e2e::vm::{GuestSpec, ScriptOutput, scratch_file};
 
 const MIB: u64 = 1 << 20;
@@ -67,6 +68,27 @@ fn a_read_only_disk_refuses_writes() -> Result<()> {
     let output = run(GuestSpec { disks, script: script.into(), ..GuestSpec::default() })?;
     assert_eq!(output.value("ro")?, "1");
     assert!(output.value("wrote").is_err(), "{output:#?}");
+    Ok(())
+}
+
+#[test]
+fn a_host_that_is_full_gives_the_guest_io_errors_and_the_vm_goes_on() -> Result<()> {
+    let small = SmallFs::mount(4 * MIB)?;
+    let disk = File::options().read(true).write(true).create_new(true).open(small.path().join("disk"))?;
+    disk.set_len(16 * MIB)?;
+    // Blocks that the host gave already can be written and read whatever comes after.
+    let script = "write() { dd of=/dev/vdb bs=1M oflag=direct conv=notrunc \"$@\" 2>>/tmp/errors && echo $1 || echo refused; }\n\
+                  dd if=/dev/urandom of=/tmp/a bs=1M count=1 2>/dev/null\n\
+                  echo first=$(write if=/tmp/a)\n\
+                  echo rest=$(write if=/dev/zero seek=1)\n\
+                  echo errors=$(grep -ci 'i/o error\\|input/output error' /tmp/errors)\n\
+                  echo again=$(write if=/tmp/a)\n\
+                  dd if=/dev/vdb bs=1M count=1 iflag=direct 2>/dev/null | cmp - /tmp/a && echo same=yes\n";
+    let disks = vec![(disk, false, String::new(), 1)];
+    let output = run(GuestSpec { disks, script: script.into(), ..GuestSpec::default() })?;
+    let said =
+        ["first", "rest", "errors", "again", "same"].map(|name| output.value(name).unwrap_or("nothing"));
+    assert_eq!(said, ["if=/tmp/a", "refused", "1", "if=/tmp/a", "yes"], "{output:#?}");
     Ok(())
 }
 

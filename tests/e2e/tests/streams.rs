@@ -1,0 +1,84 @@
+//! Standard streams through containerd, shim, vsock and agent: every byte, in order, and no more memory than a window.
+#![cfg(feature = "lab")]
+
+use std::fs;
+use std::io::Read;
+use std::process::Stdio;
+use std::sync::LazyLock;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use e2e::Containerd;
+use e2e::containerd::pids_of;
+
+/// One containerd for all tests of this file.
+static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
+
+#[test]
+fn sixty_four_mib_go_in_and_out_byte_for_byte() -> Result<()> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let input: Vec<u8> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .take((64 << 20) / 8)
+    .flatten()
+    .collect();
+    let output = CONTAINERD.run_with_input("cat", &["cat"], input.clone())?;
+    assert_eq!(output.code, 0, "{}", output.errors());
+    assert_eq!(output.stdout.len(), input.len());
+    assert!(output.stdout == input, "bytes changed on the way");
+    assert!(output.stderr.is_empty(), "{}", output.errors());
+    Ok(())
+}
+
+/// Anonymous memory of the one process with this name, KiB; for a VMM its guest's memory is in it, which is the same
+/// all along once the guest has touched it.
+fn anonymous_kib(name: &str) -> Result<u64> {
+    let pid = *pids_of(name)?.first().with_context(|| format!("no process {name}"))?;
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line =
+        rollup.lines().find_map(|line| line.strip_prefix("Anonymous:")).context("no Anonymous line")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+#[test]
+fn a_gibibyte_goes_through_stdout_and_waits_for_a_slow_reader() -> Result<()> {
+    const BLOCK: usize = 16 << 20;
+    const BLOCKS: usize = 64;
+    /// What shim and VMM may hold for a stream whose reader sleeps; the guest has 256 MiB for the rest of the 1,024.
+    const WINDOW_KIB: u64 = 4096;
+
+    let script = format!(
+        "head -c {BLOCK} /dev/urandom > /dev/shm/block; sha256sum < /dev/shm/block >&2; i=0; \
+         while [ $i -lt {BLOCKS} ]; do cat /dev/shm/block; i=$((i+1)); done"
+    );
+    let mut ctr = CONTAINERD.run_command(&["--rm"], "gibibyte", &["sh", "-c", &script]);
+    let mut ctr = ctr.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut stdout = ctr.stdout.take().expect("stdout is piped");
+    let mut first = vec![0; BLOCK];
+    stdout.read_exact(&mut first)?;
+
+    let before = [anonymous_kib("containerd-shim-ctvm-v2")?, anonymous_kib("ctvm-vmm")?];
+    sleep(Duration::from_secs(5)); // nobody reads: everything on the way fills up to its bound
+    let after = [anonymous_kib("containerd-shim-ctvm-v2")?, anonymous_kib("ctvm-vmm")?];
+    assert!(after[0] <= before[0] + WINDOW_KIB, "shim: {before:?} to {after:?} KiB");
+    // The guest's own memory grows by 2 MiB pages as the kernel there touches it.
+    assert!(after[1] <= before[1] + 8 * WINDOW_KIB, "VMM and guest: {before:?} to {after:?} KiB");
+
+    let mut block = vec![0; BLOCK];
+    for number in 1..BLOCKS {
+        stdout.read_exact(&mut block).with_context(|| format!("block {number}"))?;
+        assert!(block == first, "bytes changed in block {number}");
+    }
+    assert_eq!(stdout.read(&mut block)?, 0, "more came than was written");
+    let mut stderr = String::new();
+    ctr.stderr.take().expect("stderr is piped").read_to_string(&mut stderr)?;
+    assert_eq!(ctr.wait()?.code(), Some(0), "{stderr}");
+    let sum = e2e::run_with_input(&mut std::process::Command::new("sha256sum"), first)?.ok()?;
+    assert_eq!(stderr.trim(), sum);
+    Ok(())
+}
