@@ -36,7 +36,8 @@ pub fn group(runs: usize) -> Result<Vec<Row>> {
         }
         total.push(ms);
         runc.push(peer_ms);
-        for (position, (stage, ms)) in timeline(&id)?.into_iter().enumerate() {
+        // The first stage is where the others count from.
+        for (position, (stage, ms)) in timeline(&id)?.into_iter().enumerate().skip(1) {
             stages.entry((position, stage)).or_default().push(ms);
         }
     }
