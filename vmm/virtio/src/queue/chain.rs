@@ -61,6 +61,17 @@ impl<'m> Chain<'m> {
         (Reader::new(self.readable), Writer::new(self.writable))
     }
 
+    /// The writable part alone.
+    pub(super) fn into_writable(self) -> Vec<VolatileSlice<'m>> {
+        self.writable
+    }
+
+    /// Bytes that the device may read, and bytes that it may write.
+    pub fn lens(&self) -> (usize, usize) {
+        let bytes = |slices: &[VolatileSlice<'m>]| slices.iter().map(VolatileSlice::len).sum();
+        (bytes(&self.readable), bytes(&self.writable))
+    }
+
     /// The descriptors, for a library that walks the chain by itself. It reads them from guest memory again, where
     /// they may have changed, and so must check them again.
     pub fn descriptors(&self) -> DescriptorChain<&'m GuestMemory> {

@@ -9,7 +9,7 @@ use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Most buffers in one system call (`UIO_MAXIOV`).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// The driver's buffers are too small for what the device must read or write.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -306,7 +306,7 @@ fn transfer_all(
     Ok(())
 }
 
-fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         match call() {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -324,9 +324,9 @@ fn answer(result: isize) -> io::Result<usize> {
 }
 
 // The four calls below are why this module needs `unsafe`: the kernel reads and writes guest memory itself, without a
-// copy through ours. What all four rely on: each iovec was made by `Cursor::with_iovecs` from a `VolatileSlice` which
-// lives as long as the mapping it was checked against when the chain was popped. Guest memory is never made a Rust
-// reference, so the kernel's writes alias nothing.
+// copy through ours. What all four rely on: each iovec was made by `Cursor::with_iovecs` or `Room::receive` from a
+// `VolatileSlice` which lives as long as the mapping it was checked against when the chain was popped (the byte behind a
+// `Room` is its caller's own). Guest memory is never made a Rust reference, so the kernel's writes alias nothing.
 
 fn preadv(file: BorrowedFd<'_>, iovecs: &[iovec], offset: i64) -> io::Result<usize> {
     // SAFETY: `iovecs` point into mapped guest memory (see above), and their number is the slice's own.
@@ -338,7 +338,7 @@ fn pwritev(file: BorrowedFd<'_>, iovecs: &[iovec], offset: i64) -> io::Result<us
     answer(unsafe { libc::pwritev(file.as_raw_fd(), iovecs.as_ptr(), count(iovecs), offset) })
 }
 
-fn readv(stream: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
+pub(super) fn readv(stream: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
     // SAFETY: `iovecs` point into mapped guest memory (see above), and their number is the slice's own.
     answer(unsafe { libc::readv(stream.as_raw_fd(), iovecs.as_ptr(), count(iovecs)) })
 }

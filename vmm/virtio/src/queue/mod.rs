@@ -12,9 +12,10 @@
 
 mod chain;
 mod cursor;
+mod room;
 mod state;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -22,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use chain::Chain;
 pub use cursor::{Reader, ShortChain, Writer};
+pub use room::Room;
 pub use state::{QueueState, SetupError};
 
 use crate::GuestMemory;
@@ -86,8 +88,8 @@ pub struct Queue {
     broken: bool,
     /// The driver was told not to notify us.
     quiet: bool,
-    /// Used buffers that no `notify` has considered yet.
-    unannounced: bool,
+    /// The used index that the last `notify` considered.
+    announced: u16,
 }
 
 impl Queue {
@@ -100,7 +102,8 @@ impl Queue {
         index: usize,
     ) -> Result<Self, SetupError> {
         let ring = state.to_ring(memory)?;
-        Ok(Queue { ring, interrupt, name, index, broken: state.broken, quiet: false, unannounced: false })
+        let announced = ring.next_used();
+        Ok(Queue { ring, interrupt, name, index, broken: state.broken, quiet: false, announced })
     }
 
     /// Whether the driver uses this queue, and has not broken it.
@@ -133,7 +136,8 @@ impl Queue {
         })
     }
 
-    /// Puts back the chain that the last `pop` gave, unused. It comes again with the next `pop`.
+    /// Puts back the chain that the last `pop` gave, unused. It comes again with the next `pop`. Several calls put back as
+    /// many chains, if none of them was used.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
     }
@@ -144,20 +148,43 @@ impl Queue {
         if !self.is_live() {
             return;
         }
-        match self.ring.add_used(memory, head, len) {
-            Ok(()) => self.unannounced = true,
-            Err(e) => self.fail(&e.into()),
+        if let Err(e) = self.ring.add_used(memory, head, len) {
+            self.fail(&e.into());
         }
+    }
+
+    /// As [`Queue::push_used`], several chains that the driver must see at once or not at all, as those of one received
+    /// frame are (virtio 1.2, 5.1.6.4).
+    pub fn push_used_together(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) {
+        let Some(((last, last_len), others)) = chains.split_last() else { return };
+        if !self.is_live() {
+            return;
+        }
+        let mut next = self.ring.next_used();
+        for (head, len) in others {
+            let element = self.ring.used_ring() + 4 + 8 * u64::from(next % self.ring.size());
+            // 2.7.8: `le32 id`, `le32 len`.
+            let used = (u64::from(*len) << 32 | u64::from(*head)).to_le();
+            if let Err(e) = memory.write_obj(used, GuestAddress(element)) {
+                return self.fail(&virtio_queue::Error::GuestMemory(e).into());
+            }
+            next = next.wrapping_add(1);
+        }
+        // The index shows them all with the last one.
+        self.ring.set_next_used(next);
+        self.push_used(memory, *last, *last_len);
     }
 
     /// Interrupts the driver if there are used buffers that it wants to hear of (virtio 1.2, 2.7.7). Cheap if not.
     /// Call it after a batch of `push_used`. Tells whether the interrupt was raised.
     pub fn notify(&mut self, memory: &GuestMemory) -> bool {
-        if !self.unannounced || !self.is_live() {
+        let used = self.ring.next_used();
+        if used == self.announced || !self.is_live() {
             return false;
         }
-        self.unannounced = false;
-        match self.wants_interrupt(memory) {
+        let wanted = self.wants_interrupt(memory);
+        self.announced = used;
+        match wanted {
             Ok(true) => self.interrupt.used_buffer(),
             Ok(false) => return false,
             Err(e) => {
@@ -199,19 +226,24 @@ impl Queue {
         Err(QueueError::AvailWentBack { next_avail: self.ring.next_avail() })
     }
 
-    fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        // Also the fence between our used index and the driver's wishes.
-        if !self.ring.needs_notification(memory)? {
-            return Ok(false);
-        }
+    /// What the driver says about the used buffers that no `notify` has considered yet.
+    fn wants_interrupt(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let word = |offset: u64| -> Result<u16, QueueError> {
+            let address = GuestAddress(self.ring.avail_ring() + offset);
+            let word: u16 =
+                memory.load(address, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+            Ok(u16::from_le(word))
+        };
+        // Between our used index and the driver's wishes.
+        fence(Ordering::SeqCst);
         if self.ring.event_idx_enabled() {
-            return Ok(true);
+            // 2.7.7.2: it wants to hear of the entry at `used_event`. Is that among the new ones?
+            let event = word(4 + 2 * u64::from(self.ring.size()))?;
+            let used = self.ring.next_used();
+            return Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(self.announced));
         }
-        // 2.7.7.2: without the event index, the available ring's flags say it.
-        let flags: u16 = memory
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // Without the event index, the available ring's flags say it.
+        Ok(u32::from(word(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Queues between a fake driver and themselves.
 
+use std::os::fd::AsFd;
+
 use super::*;
 use crate::testing::contract::CASES;
 use crate::testing::{Buffer, FakeQueue, Guest, INDIRECT, MEMORY_END, SEAM};
@@ -313,4 +315,49 @@ fn a_longest_chain_is_accepted() {
         next: 0,
     }]);
     assert!(queue.pop(&guest.memory).is_some());
+}
+
+#[test]
+fn a_message_fills_as_many_chains_as_it_needs() {
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let (mut guest, mut queue) = guest(true);
+    let heads = [3, 5, 4].map(|len| add(&mut guest, &[Buffer::In(len - 1), Buffer::In(1)]));
+    let mut room = Room::default();
+    ours.set_nonblocking(true).unwrap();
+    assert_eq!(room.receive(ours.as_fd()).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    while let Some(chain) = queue.pop(&guest.memory) {
+        assert_eq!(chain.lens(), (0, [3, 5, 4][room.chains()]));
+        room.push(chain);
+    }
+    assert_eq!((room.bytes(), room.chains(), room.is_full()), (12, 3, false));
+    theirs.send(&[7; 8]).unwrap();
+    assert_eq!(room.receive(ours.as_fd()).unwrap(), Some(8));
+    assert_eq!([0, 1, 3, 4, 8, 9, 12].map(|len| room.chains_of(len)), [0, 1, 1, 2, 2, 3, 3]);
+    room.write_at(2, &[1, 2, 3]);
+    let used = room.take(8);
+    assert_eq!(used, [(heads[0], 3), (heads[1], 5)]);
+    assert_eq!((room.bytes(), room.chains()), (4, 1));
+    queue.undo_pop();
+
+    queue.push_used_together(&guest.memory, &used);
+    queue.push_used_together(&guest.memory, &[]);
+    assert!(queue.notify(&guest.memory));
+    let got = [(); 2].map(|()| guest.queues[0].take_used().unwrap());
+    assert_eq!(got.each_ref().map(|used| (used.head, used.len)), [(heads[0], 3), (heads[1], 5)]);
+    assert_eq!(got.map(|used| used.data).concat(), [7, 7, 1, 2, 3, 7, 7, 7]);
+    assert_eq!(queue.pop(&guest.memory).unwrap().head(), heads[2]);
+    assert!(guest.queues[0].take_used().is_none());
+}
+
+#[test]
+fn a_message_longer_than_its_room_is_told_from_one_that_fits() {
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let (mut guest, mut queue) = guest(true);
+    add(&mut guest, &[Buffer::In(6)]);
+    let mut room = Room::default();
+    room.push(queue.pop(&guest.memory).unwrap());
+    for (len, received) in [(6, Some(6)), (7, None), (100, None), (1, Some(1))] {
+        theirs.send(&vec![1; len]).unwrap();
+        assert_eq!(room.receive(ours.as_fd()).unwrap(), received);
+    }
 }
