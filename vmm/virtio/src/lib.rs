@@ -12,6 +12,7 @@ pub mod device;
 pub mod fs;
 pub mod irq;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rate;
 pub mod rng;
