@@ -175,6 +175,7 @@ fn start_ctvm(root: Root<'_>) -> Result<Started> {
         memory: MemoryConfig { size_mib: MEMORY_MIB, backing: Default::default(), prefault: false },
         kernel: KernelConfig { image: FdIndex(0), initrd, cmdline: root.cmdline(), pvh: true },
         disks,
+        nets: vec![],
         vsock: Some(VsockConfig { cid: 3, ports: vec![READY_PORT] }),
         rng: false,
         fs: None,

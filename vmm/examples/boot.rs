@@ -65,6 +65,7 @@ fn parse(args: &[String]) -> Result<Options> {
                 pvh: true,
             },
             disks: vec![],
+            nets: vec![],
             vsock: None,
             rng: false,
             fs: None,

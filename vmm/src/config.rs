@@ -2,10 +2,13 @@
 //!
 //! `vmm_api::VmConfig` is what came in; [`ValidConfig`] is what was checked. Only this module makes one.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 
-use vmm_api::config::{MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
-use vmm_api::{DiskConfig, FdIndex, GuestMemoryBacking, PROTOCOL_VERSION, VmConfig, VsockConfig};
+use vmm_api::config::{
+    MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_NET_PAIRS, MAX_NETS, MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU,
+};
+use vmm_api::{DiskConfig, FdIndex, GuestMemoryBacking, NetConfig, PROTOCOL_VERSION, VmConfig, VsockConfig};
 
 const MAX_NAME: usize = 128;
 const MAX_DISK_QUEUES: u8 = 8;
@@ -73,6 +76,9 @@ pub enum ConfigError {
         /// Entry.
         value: u64,
     },
+    /// A hardware address that no device can have.
+    #[error("net.mac is {}, must be unicast and not all zeros", Mac(*.0))]
+    Mac([u8; 6]),
     /// A descriptor did not come.
     #[error("{what} is descriptor {index} of the packet, which has {count}")]
     NoFd {
@@ -99,6 +105,16 @@ pub enum ConfigError {
         /// How many are left over.
         unused: usize,
     },
+}
+
+/// A hardware address as people write it.
+struct Mac([u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
 }
 
 /// The descriptors of one packet, each to be taken once.
@@ -160,6 +176,8 @@ pub struct ValidConfig {
     pub pvh: bool,
     /// Disks.
     pub disks: Vec<Disk>,
+    /// Network devices.
+    pub nets: Vec<Net>,
     /// Sockets.
     pub vsock: Option<VsockConfig>,
     /// Entropy.
@@ -183,6 +201,17 @@ pub struct Disk {
     pub id: String,
     /// Request queues.
     pub queues: u8,
+}
+
+/// A network device, checked.
+#[derive(Debug)]
+pub struct Net {
+    /// The tap's queues.
+    pub taps: Vec<OwnedFd>,
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// Longest payload of a frame, in bytes.
+    pub mtu: u16,
 }
 
 /// The console, checked.
@@ -210,6 +239,7 @@ impl ValidConfig {
         }
         text("kernel.cmdline", &config.kernel.cmdline, 0, MAX_CMDLINE - 1)?;
         range("number of disks", config.disks.len() as u64, 0, MAX_DISKS as u64)?;
+        range("number of nets", config.nets.len() as u64, 0, MAX_NETS as u64)?;
         if let Some(vsock) = &config.vsock {
             check_vsock(vsock)?;
         }
@@ -238,6 +268,7 @@ impl ValidConfig {
             cmdline: config.kernel.cmdline,
             pvh: config.kernel.pvh,
             disks: config.disks.into_iter().map(|d| Disk::take(d, &mut fds)).collect::<Result<_, _>>()?,
+            nets: config.nets.into_iter().map(|n| Net::take(n, &mut fds)).collect::<Result<_, _>>()?,
             vsock: config.vsock,
             rng: config.rng,
             fs: config.fs,
@@ -256,6 +287,20 @@ impl Disk {
         text("disk.id", &config.id, 0, MAX_DISK_ID)?;
         let file = fds.take("disk.file", config.file)?;
         Ok(Disk { file, read_only: config.read_only, id: config.id, queues: config.queues })
+    }
+}
+
+impl Net {
+    fn take(config: NetConfig, fds: &mut Fds) -> Result<Self, ConfigError> {
+        let NetConfig { taps, mac, mtu } = config;
+        range("number of net.taps", taps.len() as u64, 1, MAX_NET_PAIRS as u64)?;
+        range("net.mtu", mtu, MIN_MTU, u16::MAX)?;
+        // The lowest bit of the first byte makes a group of it (IEEE 802, 8.2).
+        if mac[0] & 1 == 1 || mac == [0; 6] {
+            return Err(ConfigError::Mac(mac));
+        }
+        let taps = taps.into_iter().map(|tap| fds.take("net.taps", tap)).collect::<Result<_, _>>()?;
+        Ok(Net { taps, mac, mtu })
     }
 }
 
@@ -313,114 +358,4 @@ fn text(what: &'static str, value: &str, min: usize, max: usize) -> Result<(), C
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-
-    use vmm_api::{ConsoleConfig, KernelConfig, MemoryConfig};
-
-    use super::*;
-
-    fn config() -> VmConfig {
-        VmConfig {
-            version: PROTOCOL_VERSION,
-            name: "test".into(),
-            vcpus: 1,
-            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
-            kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true },
-            disks: vec![],
-            vsock: None,
-            rng: false,
-            fs: None,
-            console: None,
-            serial: None,
-        }
-    }
-
-    fn fds(count: usize) -> Vec<OwnedFd> {
-        (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
-    }
-
-    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
-        let mut config = config();
-        change(&mut config);
-        ValidConfig::check(config, fds(1)).unwrap_err().to_string()
-    }
-
-    fn disk(file: u8) -> DiskConfig {
-        DiskConfig { file: FdIndex(file), read_only: true, id: "root".into(), queues: 1 }
-    }
-
-    #[test]
-    fn a_good_one_passes() {
-        let mut config = config();
-        config.disks = vec![disk(2)];
-        config.console = Some(ConsoleConfig { output: Some(FdIndex(1)), input: None });
-        config.vsock = Some(VsockConfig { cid: 3, ports: vec![1024, 1025] });
-        let valid = ValidConfig::check(config, fds(3)).unwrap();
-        assert_eq!((valid.memory_bytes, valid.disks.len()), (128 << 20, 1));
-    }
-
-    #[test]
-    fn each_refusal_has_value_and_limit() {
-        type Change = fn(&mut VmConfig);
-        let cases: [(&str, Change); 14] = [
-            ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
-            ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
-            ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),
-            ("memory.size_mib is 62, must be 64 to 1048576", |c| c.memory.size_mib = 62),
-            ("memory.size_mib is 65, must be a multiple of 2", |c| c.memory.size_mib = 65),
-            ("name has 129 bytes, must have 0 to 128", |c| c.name = "n".repeat(129)),
-            ("kernel.cmdline has 2048 bytes, must have 0 to 2047", |c| c.kernel.cmdline = "x".repeat(2048)),
-            ("kernel.cmdline has 1 bytes and a NUL among them", |c| c.kernel.cmdline = "\0".into()),
-            ("disk.queues is 9, must be 1 to 8", |c| c.disks = vec![DiskConfig { queues: 9, ..disk(0) }]),
-            ("disk.id has 21 bytes", |c| c.disks = vec![DiskConfig { id: "i".repeat(21), ..disk(0) }]),
-            ("number of disks is 9, must be 0 to 8", |c| c.disks = vec![disk(0); 9]),
-            ("vsock.cid is 2, must be 3 to 4294967294", |c| {
-                c.vsock = Some(VsockConfig { cid: 2, ports: vec![] });
-            }),
-            ("vsock.ports names 5 twice", |c| c.vsock = Some(VsockConfig { cid: 3, ports: vec![5, 6, 5] })),
-            ("fs.tag has 0 bytes, must have 1 to 36", |c| {
-                c.fs = Some(vmm_api::FsConfig { tag: String::new(), threads: 1 });
-            }),
-        ];
-        for (text, change) in cases {
-            let said = refused(change);
-            assert!(said.contains(text), "{said:?} does not say {text:?}");
-        }
-    }
-
-    #[test]
-    fn each_descriptor_has_one_use() {
-        assert_eq!(
-            refused(|c| c.kernel.image = FdIndex(4)),
-            "kernel.image is descriptor 4 of the packet, which has 1"
-        );
-        assert_eq!(
-            refused(|c| c.kernel.initrd = Some(FdIndex(0))),
-            "kernel.image is descriptor 0 of the packet, which is something else already"
-        );
-        let unused = ValidConfig::check(config(), fds(3)).unwrap_err();
-        assert_eq!(unused.to_string(), "the packet has 3 descriptors, of which 2 are not named in it");
-    }
-
-    #[test]
-    fn devices_are_named_before_the_words_for_init() {
-        let line = |base| cmdline_with_devices(base, &[(0xd000_0000, 5), (0xd000_1000, 6)], 4096).unwrap();
-        let words = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
-        assert_eq!(line("quiet"), format!("quiet {words}"));
-        assert_eq!(line(""), words);
-        assert_eq!(line("quiet -- --verbose"), format!("quiet {words} -- --verbose"));
-        assert_eq!(line("a=b--c x"), format!("a=b--c x {words}"));
-    }
-
-    #[test]
-    fn a_command_line_that_gets_too_long_is_refused() {
-        let base = "x".repeat(2040);
-        assert_eq!(cmdline_with_devices(&base, &[], 4096).unwrap(), base);
-        let said = cmdline_with_devices(&base, &[(0xd000_0000, 5)], 4096).unwrap_err().to_string();
-        assert_eq!(
-            said,
-            "the kernel command line has 2076 bytes with the words for 1 devices and its NUL, must have at most 2048"
-        );
-    }
-}
+mod tests;

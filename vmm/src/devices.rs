@@ -16,6 +16,7 @@ use virtio::device::VirtioDevice;
 use virtio::fs::Fs;
 use virtio::irq::IrqLine;
 use virtio::mmio::{MmioTransport, registers};
+use virtio::net::{Net, Taps};
 use virtio::rng::Rng;
 use virtio::vsock::{Vsock, VsockEvent};
 use vmm_api::VsockConfig;
@@ -89,6 +90,7 @@ type Shared<D> = Arc<Mutex<MmioTransport<D>>>;
 #[derive(Debug, Clone)]
 enum Device {
     Blk(Shared<Blk>),
+    Net(Shared<Net>),
     Vsock(Shared<Vsock>),
     Fs(Shared<Fs>),
     Console(Shared<Console>),
@@ -100,6 +102,10 @@ macro_rules! with {
     ($device:expr, |$transport:ident| $body:expr) => {
         match $device {
             Device::Blk(shared) => {
+                let $transport = &mut *lock(shared);
+                $body
+            }
+            Device::Net(shared) => {
                 let $transport = &mut *lock(shared);
                 $body
             }
@@ -189,6 +195,14 @@ impl Devices {
             }
         }
         flushed
+    }
+
+    /// Adds a network device: the guest's next `ethX`.
+    pub fn add_net(&mut self, host: Host<'_>, net: config::Net) -> Result<(), DeviceError> {
+        let nets = self.slots.iter().filter(|slot| matches!(slot.device, Device::Net(_))).count();
+        let name = format!("net{nets}");
+        let taps = Taps::new(net.taps).map_err(DeviceError::refused(&name))?;
+        self.add(host, &name, Net::new(taps, net.mac, net.mtu), Device::Net)
     }
 
     /// Adds a socket device.

@@ -171,6 +171,11 @@ mod tests {
         assert!(enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, KVM_RUN]));
         assert!(!enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, KVM_SET_USER_MEMORY_REGION]));
         assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, KVM_RUN]));
+        assert!(enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, libc::TUNSETOFFLOAD]));
+        for call in [libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETPERSIST] {
+            assert!(!enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, call]));
+            assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, call]));
+        }
     }
 
     #[test]

@@ -85,7 +85,7 @@ fn packets_beyond_the_limits_are_refused() {
     assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
     let packet = [IoSlice::new(br#"{"id":1,"op":"stats"}"#)];
     sendmsg(vmm.client(), &packet, &mut control, SendFlags::empty()).unwrap();
-    assert!(refusal(&mut vmm).1.message.contains("16 file descriptors"));
+    assert!(refusal(&mut vmm).1.message.contains("48 file descriptors"));
     assert_eq!(state(&mut vmm), "created");
 }
 

@@ -291,6 +291,7 @@ fn vm_config(plan: &Plan) -> VmConfig {
         },
         kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true },
         disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 }],
+        nets: vec![],
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         // The guest's generator is ready before its first driver where the processor feeds it, and the agent's
         // set-up seeds it from the host's: the device would be 56 exits and two kernel threads for nothing.

@@ -14,7 +14,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use tempfile::TempDir;
 use vmm_api::{
     CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, FsCache, FsConfig,
-    KernelConfig, MemoryConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
+    KernelConfig, MemoryConfig, NetConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
 };
 
 use crate::command::{LIMIT, run};
@@ -38,6 +38,8 @@ pub struct GuestSpec {
     pub initrd: bool,
     /// Disks after the root disk: file, read-only, id, queues.
     pub disks: Vec<(File, bool, String, u8)>,
+    /// Network devices: the queues of a tap, hardware address, MTU.
+    pub nets: Vec<(Vec<OwnedFd>, [u8; 6], u16)>,
     /// Directory shown as `share` in the file share.
     pub share: Option<(File, bool)>,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
@@ -53,6 +55,7 @@ impl Default for GuestSpec {
             pvh: true,
             initrd: false,
             disks: Vec::new(),
+            nets: Vec::new(),
             share: None,
             script: String::new(),
         }
@@ -95,29 +98,33 @@ impl GuestSpec {
         make_tree(&tree, &self.script)?;
         let share = Path::new(SHARE);
         let mut fds: Vec<OwnedFd> = Vec::new();
-        let mut give = |file: File| {
-            fds.push(file.into());
+        let mut give = |file: OwnedFd| {
+            fds.push(file);
             FdIndex(u8::try_from(fds.len() - 1).expect("few files"))
         };
-        let image = give(File::open(share.join(self.kernel))?);
+        let image = give(File::open(share.join(self.kernel))?.into());
         let mut disks = Vec::new();
         let mut initrd = None;
         let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=k");
         if self.initrd {
-            initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?));
+            initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?.into()));
             cmdline += " rdinit=/sbin/init";
         } else {
             let root = folder.path().join("root.erofs");
             run(Command::new("mkfs.erofs").args(["--quiet", "-T0"]).arg(&root).arg(&tree))?.ok()?;
-            let file = give(File::open(root)?);
+            let file = give(File::open(root)?.into());
             disks.push(DiskConfig { file, read_only: true, id: "root".into(), queues: 1 });
             cmdline += " root=/dev/vda ro rootfstype=erofs init=/sbin/init";
         }
         for (file, read_only, id, queues) in self.disks {
-            disks.push(DiskConfig { file: give(file), read_only, id, queues });
+            disks.push(DiskConfig { file: give(file.into()), read_only, id, queues });
+        }
+        let mut nets = Vec::new();
+        for (taps, mac, mtu) in self.nets {
+            nets.push(NetConfig { taps: taps.into_iter().map(&mut give).collect(), mac, mtu });
         }
         let (reader, writer) = std::io::pipe()?;
-        let output = Some(give(File::from(OwnedFd::from(writer))));
+        let output = Some(give(writer.into()));
         let config = VmConfig {
             version: PROTOCOL_VERSION,
             name: "e2e".into(),
@@ -125,6 +132,7 @@ impl GuestSpec {
             memory: self.memory,
             kernel: KernelConfig { image, initrd, cmdline, pvh: self.pvh },
             disks,
+            nets,
             vsock: Some(VsockConfig { cid: 3, ports: vec![1024] }),
             rng: true,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),

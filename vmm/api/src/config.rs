@@ -12,6 +12,12 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 pub const MAX_VCPUS: u8 = 32;
 /// Most disks.
 pub const MAX_DISKS: usize = 8;
+/// Most network devices.
+pub const MAX_NETS: usize = 8;
+/// Most queue pairs of a network device.
+pub const MAX_NET_PAIRS: usize = 4;
+/// Least MTU of a network device, in bytes (virtio 1.2, 5.1.4.1).
+pub const MIN_MTU: u16 = 68;
 /// Longest kernel command line, in bytes, with what the VMM appends and its final NUL (x86 `COMMAND_LINE_SIZE`).
 pub const MAX_CMDLINE: usize = 2048;
 
@@ -33,6 +39,9 @@ pub struct VmConfig {
     /// Disks in the order the guest sees them (`vda`, `vdb`, …), at most [`MAX_DISKS`].
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Network devices in the order the guest sees them (`eth0`, `eth1`, …), at most [`MAX_NETS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
     /// Sockets between guest and host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -114,6 +123,25 @@ pub struct DiskConfig {
 
 fn one() -> u8 {
     1
+}
+
+/// A network device (virtio 1.2, 5.1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The queues of one tap, 1 to [`MAX_NET_PAIRS`]: each becomes a pair of queues of the guest. Attached with
+    /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with `IFF_MULTI_QUEUE` if there are several. The VMM sets size of the header
+    /// and offloads; address, routes and state of the interface are its owner's.
+    pub taps: Vec<FdIndex>,
+    /// The guest's hardware address: unicast, not all zeros.
+    pub mac: [u8; 6],
+    /// Longest payload of a frame in bytes, [`MIN_MTU`] or more. The tap's own should be the same.
+    #[serde(default = "ethernet")]
+    pub mtu: u16,
+}
+
+fn ethernet() -> u16 {
+    1500
 }
 
 /// Sockets between guest and host (virtio 1.2, 5.10).

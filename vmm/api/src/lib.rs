@@ -28,7 +28,7 @@ pub mod stats;
 
 pub use client::{Client, ClientError};
 pub use config::{
-    ConsoleConfig, DiskConfig, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig, VmConfig,
+    ConsoleConfig, DiskConfig, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig, NetConfig, VmConfig,
     VsockConfig,
 };
 pub use error::{ApiError, ErrorCode};

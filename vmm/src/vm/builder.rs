@@ -94,6 +94,9 @@ pub fn build(
     for disk in config.disks {
         devices.add_disk(place, disk)?;
     }
+    for net in config.nets {
+        devices.add_net(place, net)?;
+    }
     if let Some(vsock) = &config.vsock {
         devices.add_vsock(place, vsock)?;
     }

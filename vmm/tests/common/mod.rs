@@ -113,6 +113,7 @@ pub fn config() -> VmConfig {
         memory: MemoryConfig { size_mib: 64, backing: Default::default(), prefault: false },
         kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true },
         disks: vec![],
+        nets: vec![],
         vsock: None,
         rng: false,
         fs: None,
