@@ -8,12 +8,14 @@ pub mod census;
 pub mod command;
 pub mod containerd;
 pub mod small_fs;
+pub mod tap;
 pub mod vm;
 
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
 pub use containerd::Containerd;
 pub use small_fs::SmallFs;
+pub use tap::Tap;
 
 /// Where the product's binaries are in the lab machine.
 pub const BIN: &str = "/opt/ctvm/bin";
