@@ -1,4 +1,5 @@
-//! A container's control group: who is in it, and the end of it. `libcontainer` makes it, fills it and sets limits.
+//! A container's control group: who is in it, whether they run, and the end of it. `libcontainer` makes it, fills it
+//! and sets limits.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,6 +15,10 @@ const PARENT: &str = "ctvm";
 
 /// How long killed processes may take to go.
 const EMPTY: Duration = Duration::from_secs(5);
+/// How long processes may take to stand still. One that waits for the host's files cannot before they come.
+const FREEZE: Duration = Duration::from_secs(5);
+
+const FREEZER: &str = "cgroup.freeze";
 
 /// One container's group.
 #[derive(Debug, Clone)]
@@ -93,18 +98,68 @@ impl Cgroup {
         remove_tree(&self.dir)
     }
 
-    /// Waits until `populated` in `cgroup.events` is 0; the kernel wakes readers when it changes
-    /// (admin-guide/cgroup-v2, "[Un]populated Notification").
+    /// Stops every process in the group where it is, and waits until all stand still. When they do not, or nobody waits
+    /// for it any more, they go on.
+    pub async fn freeze(&self) -> io::Result<()> {
+        let mut undo = Undo(Some(self));
+        fs::write(self.dir.join(FREEZER), "1")?;
+        let frozen =
+            self.until("cgroup.events", |events| (value_of(events, "frozen") == Some(1)).then_some(()));
+        tokio::time::timeout(FREEZE, frozen).await.map_err(|_| {
+            let (dir, limit) = (self.dir.display(), FREEZE.as_millis());
+            let text = format!("{dir} has processes that still run after {limit} ms");
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        })??;
+        undo.0 = None;
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) -> io::Result<()> {
+        fs::write(self.dir.join(FREEZER), "0")
+    }
+
+    /// Whether they were told to stand still.
+    pub fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.dir.join(FREEZER)).is_ok_and(|text| text.trim_end() == "1")
+    }
+
+    /// Waits until nobody is left in the group.
     async fn emptied(&self) -> io::Result<()> {
-        let path = self.dir.join("cgroup.events");
+        self.until("cgroup.events", |events| (value_of(events, "populated") == Some(0)).then_some(())).await
+    }
+
+    /// Waits until `found` finds what it looks for in `file`, whose readers the kernel wakes when it changes: so it
+    /// does those of `cgroup.events` and `memory.events` (admin-guide/cgroup-v2, "[Un]populated Notification" and
+    /// "Memory Interface Files").
+    async fn until<T>(&self, file: &str, found: impl Fn(&str) -> Option<T>) -> io::Result<T> {
+        let path = self.dir.join(file);
         let events = crate::sys::register(File::open(&path)?.into(), Interest::PRIORITY)?;
         loop {
-            if fs::read_to_string(&path)?.lines().any(|line| line == "populated 0") {
-                return Ok(());
+            if let Some(found) = found(&fs::read_to_string(&path)?) {
+                return Ok(found);
             }
             events.ready(Interest::PRIORITY).await?.clear_ready();
         }
     }
+}
+
+/// Lets a group's processes go on that were to stand still, and do not all do so.
+struct Undo<'a>(Option<&'a Cgroup>);
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if let Some(cgroup) = self.0
+            && let Err(error) = cgroup.thaw()
+        {
+            log::warn!("{} stays frozen: {error}", cgroup.dir.display());
+        }
+    }
+}
+
+/// The number in the line `<key> <number>` of one of the group's files ("flat keyed").
+pub fn value_of(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
 }
 
 fn collect(dir: &Path, pids: &mut Vec<i32>) -> io::Result<()> {
@@ -142,5 +197,15 @@ mod tests {
     #[test]
     fn group_that_is_not_there_has_no_pids_to_tell() {
         assert_eq!(Cgroup::of("no-such").pids().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!Cgroup::of("no-such").is_frozen());
+    }
+
+    #[test]
+    fn values_are_found_by_their_whole_key() {
+        let events = "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 1\n";
+        assert_eq!(value_of(events, "oom"), Some(3));
+        assert_eq!(value_of(events, "oom_kill"), Some(2));
+        assert_eq!(value_of(events, "oom_group"), None);
+        assert_eq!(value_of("populated 1\nfrozen 0\n", "frozen"), Some(0));
     }
 }

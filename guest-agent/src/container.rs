@@ -26,6 +26,11 @@ use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
 use crate::{spec, sys};
 
+mod control;
+
+/// The word for a container whose processes stand still, where another state's is [`Phase::name`].
+const PAUSED: &str = "paused";
+
 /// What containers share.
 #[derive(Debug, Clone)]
 pub struct Guest {
@@ -45,6 +50,9 @@ pub struct Container {
     /// Its first process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
+    /// Shared while an exec is started, held alone while the container is paused: an exec that is frozen half-made
+    /// would leave its request hanging.
+    starting: tokio::sync::RwLock<()>,
     files: Files,
 }
 
@@ -119,6 +127,7 @@ impl Container {
             filter: config.spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
             init: Arc::new(Process::planned(names)),
             execs: Mutex::default(),
+            starting: tokio::sync::RwLock::default(),
             files,
         };
         let bundle = container.files.bundle.clone();
@@ -166,10 +175,7 @@ impl Container {
     /// Announces an exec.
     pub async fn add_exec(&self, request: &ExecProcessRequest) -> Result<(), TaskError> {
         spec::check_id(&request.exec_id)?;
-        match self.init.phase() {
-            Phase::Running => {}
-            phase => return Err(TaskError::State { what: "exec", state: phase.name() }),
-        }
+        self.must_run("exec")?;
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -198,6 +204,10 @@ impl Container {
     /// Makes an announced exec.
     pub async fn start_exec(&self, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
+        let _starting = self.starting.read().await;
+        if self.is_paused() {
+            return Err(TaskError::State { what: "start an exec", state: PAUSED });
+        }
         let plan = exec.plan().take();
         let Some(Plan { mut spec, wiring, file }) = plan else {
             return Err(TaskError::State { what: "start", state: exec.process.phase().name() });

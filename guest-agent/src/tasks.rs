@@ -115,6 +115,7 @@ impl Task for Tasks {
         };
         response.status = match process.phase() {
             Phase::Created => Status::CREATED,
+            Phase::Running if container.is_paused() => Status::PAUSED,
             Phase::Running => Status::RUNNING,
             Phase::Stopped(exit) => {
                 response.exit_status = exit.status;
@@ -182,15 +183,17 @@ impl Task for Tasks {
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }
 
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.pause().await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.resume()?;
+        Ok(Empty::new())
+    }
+
     // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
-
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Pause")
-    }
-
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Resume")
-    }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         unimplemented("Checkpoint")

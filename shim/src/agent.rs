@@ -7,7 +7,8 @@ use std::time::Duration;
 use agent_api::sandbox::{SandboxClient, SetupRequest, SetupResponse};
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
-    PidsRequest, PidsResponse, ResizePtyRequest, StartRequest, TaskClient, WaitRequest, WaitResponse,
+    PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, TaskClient,
+    WaitRequest, WaitResponse,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -121,6 +122,18 @@ impl Agent {
         let mut request = PidsRequest::new();
         request.id = id.to_owned();
         self.within("Pids", self.task.pids(self.context(), &request)).await
+    }
+
+    /// `Task.Pause`.
+    pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
+        let request = PauseRequest { id: id.to_owned(), ..PauseRequest::default() };
+        self.within("Pause", self.task.pause(self.context(), &request)).await.map(drop)
+    }
+
+    /// `Task.Resume`.
+    pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
+        let request = ResumeRequest { id: id.to_owned(), ..ResumeRequest::default() };
+        self.within("Resume", self.task.resume(self.context(), &request)).await.map(drop)
     }
 
     /// `Task.ResizePty`.

@@ -45,6 +45,10 @@ pub enum Event {
     ExecAdded(task::TaskExecAdded),
     /// It runs.
     ExecStarted(task::TaskExecStarted),
+    /// A container's processes stand still.
+    Paused(task::TaskPaused),
+    /// They go on.
+    Resumed(task::TaskResumed),
 }
 
 impl Event {
@@ -57,6 +61,8 @@ impl Event {
             Event::Delete(_) => topics::TASK_DELETE_EVENT_TOPIC,
             Event::ExecAdded(_) => topics::TASK_EXEC_ADDED_EVENT_TOPIC,
             Event::ExecStarted(_) => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
+            Event::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
+            Event::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
         }
     }
 
@@ -68,6 +74,8 @@ impl Event {
             Event::Delete(m) => pack("containerd.events.TaskDelete", m),
             Event::ExecAdded(m) => pack("containerd.events.TaskExecAdded", m),
             Event::ExecStarted(m) => pack("containerd.events.TaskExecStarted", m),
+            Event::Paused(m) => pack("containerd.events.TaskPaused", m),
+            Event::Resumed(m) => pack("containerd.events.TaskResumed", m),
         }
     }
 }

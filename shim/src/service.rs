@@ -88,6 +88,7 @@ impl Task for TaskService {
         };
         let status = match process.phase() {
             Phase::Created => Status::CREATED,
+            Phase::Running if container.is_paused() => Status::PAUSED,
             Phase::Running => Status::RUNNING,
             Phase::Stopped(exit) => {
                 response.exit_status = exit.status;
@@ -168,15 +169,21 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        log::debug!("pause {}", request.id);
+        let sandbox = self.0.clone();
+        run(async move { sandbox.pause(&request.id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        log::debug!("resume {}", request.id);
+        let sandbox = self.0.clone();
+        run(async move { sandbox.resume(&request.id).await }).await?;
+        Ok(Empty::new())
+    }
+
     // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
-
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unimplemented("pausing a container").into())
-    }
-
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unimplemented("resuming a container").into())
-    }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         Err(TaskError::Unimplemented("checkpointing a container").into())

@@ -3,14 +3,15 @@
 
 mod daemon;
 mod fake;
+mod verbs;
 
 use std::fs;
 use std::io::Write as _;
 use std::time::Duration;
 
 use agent_api::task::{
-    CloseIORequest, ExecProcessRequest, Mount, PauseRequest, PidsRequest, StateRequest, Status, TaskClient,
-    WaitRequest,
+    CheckpointTaskRequest, CloseIORequest, ExecProcessRequest, Mount, PidsRequest, StateRequest, Status,
+    TaskClient, WaitRequest,
 };
 use containerd_shim_protos::events::task::{TaskExit, TaskStart};
 use daemon::{
@@ -416,9 +417,8 @@ async fn a_create_that_fails_leaves_room_for_the_next() {
     assert_eq!(code(task.create(ctx(), &wrong).await.unwrap_err()).0, Code::INVALID_ARGUMENT);
 
     task.create(ctx(), &create_request(&daemon, "web")).await.unwrap();
-    let paused =
-        task.pause(ctx(), &PauseRequest { id: "web".into(), ..Default::default() }).await.unwrap_err();
-    assert_eq!(code(paused).0, Code::UNIMPLEMENTED);
+    let checkpoint = CheckpointTaskRequest { id: "web".into(), ..Default::default() };
+    assert_eq!(code(task.checkpoint(ctx(), &checkpoint).await.unwrap_err()).0, Code::UNIMPLEMENTED);
     delete(&task, "web", "").await.unwrap();
     shutdown(&task, "web").await;
     daemon.nothing_left().await;

@@ -30,7 +30,7 @@ pub mod stream;
 /// ([`task::Task`], [`task::create_task`]).
 ///
 /// Served by the agent: `Create`, `Start`, `State`, `Kill`, `Delete`, `Wait`, `Exec`, `CloseIO`, `Pids`,
-/// `ResizePty`, `Connect`. The rest answers `Unimplemented`.
+/// `ResizePty`, `Pause`, `Resume`, `Connect`. The rest answers `Unimplemented`.
 pub mod task {
     pub use containerd_shim_protos::api::*;
     pub use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};

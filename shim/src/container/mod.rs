@@ -138,6 +138,7 @@ pub struct Container {
     init: Mutex<Option<Arc<Process>>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     shares: Mutex<Vec<String>>,
+    paused: AtomicBool,
 }
 
 impl Container {
@@ -150,6 +151,7 @@ impl Container {
             init: Mutex::default(),
             execs: Mutex::default(),
             shares: Mutex::default(),
+            paused: AtomicBool::new(false),
         })
     }
 
@@ -186,6 +188,16 @@ impl Container {
         let init = self.process("");
         let execs = self.execs.lock().expect("no code panics while it holds this lock");
         init.into_iter().chain(execs.values().cloned()).collect()
+    }
+
+    /// Whether its processes stand still, as far as the agent told. One that has ended does not, whatever this says.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Its processes stand still now, or go on.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
     }
 
     /// Remembers a directory shown to the guest for it.

@@ -25,6 +25,7 @@ use crate::vmm::ControlSlot;
 pub mod boot;
 pub mod cgroup;
 pub mod console;
+pub mod control;
 pub mod create;
 pub mod guest_log;
 pub mod lifecycle;

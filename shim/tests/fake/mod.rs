@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,8 +27,8 @@ use agent_api::sandbox::{Sandbox, SetupRequest, SetupResponse, create_sandbox};
 use agent_api::stream::StreamId;
 use agent_api::task::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
-    KillRequest, PidsRequest, PidsResponse, ProcessInfo, StartRequest, StartResponse, Task, WaitRequest,
-    WaitResponse, create_task,
+    KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResumeRequest, StartRequest,
+    StartResponse, Task, WaitRequest, WaitResponse, create_task,
 };
 use agent_api::{AGENT_PORT, LOG_PORT, STREAM_PORT};
 use async_trait::async_trait;
@@ -171,6 +172,7 @@ struct Process {
     args: Vec<String>,
     streams: Mutex<[Option<UnixStream>; 3]>,
     exit: watch::Sender<Option<u32>>,
+    paused: AtomicBool,
 }
 
 impl Fake {
@@ -186,6 +188,7 @@ impl Fake {
             args,
             streams: Mutex::new(streams),
             exit: watch::Sender::new(None),
+            paused: AtomicBool::new(false),
         };
         self.processes.lock().unwrap().insert((id.to_owned(), exec_id.to_owned()), Arc::new(process));
     }
@@ -278,6 +281,9 @@ impl Task for Fake {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        if self.find(&request.id, "")?.paused.load(Ordering::Relaxed) {
+            return Err(refused(ttrpc::Code::FAILED_PRECONDITION, "it is paused"));
+        }
         let process: serde_json::Value = serde_json::from_slice(&request.spec.value).expect("a process");
         let names = [&*request.stdin, &*request.stdout, &*request.stderr];
         self.add(&request.id, &request.exec_id, args_of(&process), names);
@@ -305,6 +311,20 @@ impl Task for Fake {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         self.find(&request.id, &request.exec_id)?.end(128 + request.signal);
         Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        match self.find(&request.id, "")?.paused.swap(true, Ordering::Relaxed) {
+            false => Ok(Empty::new()),
+            true => Err(refused(ttrpc::Code::FAILED_PRECONDITION, "it is paused")),
+        }
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        match self.find(&request.id, "")?.paused.swap(false, Ordering::Relaxed) {
+            true => Ok(Empty::new()),
+            false => Err(refused(ttrpc::Code::FAILED_PRECONDITION, "it is running")),
+        }
     }
 
     async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {

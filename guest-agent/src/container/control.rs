@@ -1,0 +1,43 @@
+//! What is done to a container that exists: standing still and going on.
+
+use crate::container::{Container, PAUSED};
+use crate::errors::TaskError;
+use crate::process::Phase;
+
+impl Container {
+    /// Stops every process of the container where it is. Signals wait, save SIGKILL.
+    pub async fn pause(&self) -> Result<(), TaskError> {
+        let _none_starts = self.starting.write().await;
+        self.must_run("pause")?;
+        self.cgroup.freeze().await.map_err(TaskError::io("freeze the container's processes"))?;
+        // A group without processes stands still, too.
+        self.is_alive("pause")
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) -> Result<(), TaskError> {
+        self.is_alive("resume")?;
+        if !self.is_paused() {
+            return Err(TaskError::State { what: "resume", state: Phase::Running.name() });
+        }
+        self.cgroup.thaw().map_err(TaskError::io("let the container's processes go on"))
+    }
+
+    /// Whether its processes stand still, or are about to.
+    pub fn is_paused(&self) -> bool {
+        self.cgroup.is_frozen()
+    }
+
+    /// Refuses to do `what` to a container that is not running, or paused.
+    pub(super) fn must_run(&self, what: &'static str) -> Result<(), TaskError> {
+        self.is_alive(what)?;
+        if self.is_paused() { Err(TaskError::State { what, state: PAUSED }) } else { Ok(()) }
+    }
+
+    fn is_alive(&self, what: &'static str) -> Result<(), TaskError> {
+        match self.init.phase() {
+            Phase::Running => Ok(()),
+            phase => Err(TaskError::State { what, state: phase.name() }),
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! What is done to a container that exists: standing still and going on.
+
+use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+
+use crate::container::{Phase, Process};
+use crate::error::TaskError;
+use crate::events::Event;
+use crate::sandbox::Sandbox;
+
+impl Sandbox {
+    /// Stops every process of a container where it is. Whether it is paused already is the agent's to say: its answer to
+    /// an earlier call may have been lost.
+    ///
+    /// # Errors
+    /// [`TaskError::Phase`] when it does not run; whatever the agent says.
+    pub async fn pause(&self, id: &str) -> Result<(), TaskError> {
+        let (container, init) = self.process(id, "")?;
+        // The event comes before that of the end.
+        let _turn = init.turn.lock().await;
+        alive("pause", &init)?;
+        let vm = self.running_vm().ok_or(TaskError::Finished)?;
+        vm.agent.pause(id).await.map_err(|e| self.explained(e))?;
+        container.set_paused(true);
+        self.events
+            .publish(&Event::Paused(TaskPaused { container_id: id.to_owned(), ..TaskPaused::default() }));
+        Ok(())
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub async fn resume(&self, id: &str) -> Result<(), TaskError> {
+        let (container, init) = self.process(id, "")?;
+        let _turn = init.turn.lock().await;
+        alive("resume", &init)?;
+        let vm = self.running_vm().ok_or(TaskError::Finished)?;
+        vm.agent.resume(id).await.map_err(|e| self.explained(e))?;
+        container.set_paused(false);
+        self.events
+            .publish(&Event::Resumed(TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() }));
+        Ok(())
+    }
+}
+
+fn alive(what: &'static str, init: &Process) -> Result<(), TaskError> {
+    match init.phase() {
+        Phase::Running => Ok(()),
+        phase => Err(TaskError::Phase { what, phase: phase.name() }),
+    }
+}

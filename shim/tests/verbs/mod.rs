@@ -1,0 +1,93 @@
+//! What is done to a container that runs: what the shim forwards, refuses, and tells containerd.
+
+use crate::daemon::{Daemon, code, create_request, ctx, delete, kill_request, shutdown, start_request, wait};
+use crate::is_root;
+use agent_api::task::{ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, Status, TaskClient};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::Code;
+
+/// A container that runs `args`.
+async fn started(daemon: &Daemon, args: &[&str]) -> TaskClient {
+    daemon.make_bundle("web", args, None);
+    let task = daemon.connect("web").await;
+    task.create(ctx(), &create_request(daemon, "web")).await.unwrap();
+    task.start(ctx(), &start_request("web", "")).await.unwrap();
+    task
+}
+
+async fn pause(task: &TaskClient) -> ttrpc::Result<()> {
+    task.pause(ctx(), &PauseRequest { id: "web".into(), ..Default::default() }).await.map(drop)
+}
+
+async fn resume(task: &TaskClient) -> ttrpc::Result<()> {
+    task.resume(ctx(), &ResumeRequest { id: "web".into(), ..Default::default() }).await.map(drop)
+}
+
+async fn status(task: &TaskClient) -> Status {
+    let request = StateRequest { id: "web".into(), ..Default::default() };
+    task.state(ctx(), &request).await.unwrap().status.unwrap()
+}
+
+#[tokio::test]
+async fn a_container_stands_still_and_goes_on() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    daemon.make_bundle("web", &["sleep"], None);
+    let task = daemon.connect("web").await;
+    task.create(ctx(), &create_request(&daemon, "web")).await.unwrap();
+    let (early, text) = code(pause(&task).await.unwrap_err());
+    assert_eq!((early, text.contains("created")), (Code::FAILED_PRECONDITION, true), "{text}");
+    task.start(ctx(), &start_request("web", "")).await.unwrap();
+    let (running, text) = code(resume(&task).await.unwrap_err());
+    assert_eq!((running, text.contains("running")), (Code::FAILED_PRECONDITION, true), "{text}");
+
+    pause(&task).await.unwrap();
+    assert_eq!(status(&task).await, Status::PAUSED);
+    let (again, text) = code(pause(&task).await.unwrap_err());
+    assert_eq!((again, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
+    let mut spec = Any::new();
+    spec.value = json!({ "args": ["exit", "0"], "cwd": "/" }).to_string().into_bytes();
+    let exec = ExecProcessRequest {
+        id: "web".into(),
+        exec_id: "e".into(),
+        spec: MessageField::some(spec),
+        ..Default::default()
+    };
+    let (refused, text) = code(task.exec(ctx(), &exec).await.unwrap_err());
+    assert_eq!((refused, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
+    resume(&task).await.unwrap();
+    assert_eq!(status(&task).await, Status::RUNNING);
+
+    pause(&task).await.unwrap();
+    task.kill(ctx(), &kill_request("web", 9)).await.unwrap();
+    assert_eq!(wait(&task, "web", "").await, 137);
+    assert_eq!(status(&task).await, Status::STOPPED);
+    assert_eq!(code(resume(&task).await.unwrap_err()).0, Code::FAILED_PRECONDITION);
+    delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+    let topics = daemon.topics_when(7).await;
+    let middle = ["/tasks/paused", "/tasks/resumed", "/tasks/paused", "/tasks/exit", "/tasks/delete"];
+    assert_eq!(topics[2..], middle);
+}
+
+#[tokio::test]
+async fn a_container_whose_vm_is_gone_cannot_be_paused() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = started(&daemon, &["sleep"]).await;
+    let vmm = daemon.state("web").unwrap()["vmm"]["pid"].as_i64().unwrap();
+    let vmm = rustix::process::Pid::from_raw(i32::try_from(vmm).unwrap()).unwrap();
+    rustix::process::kill_process(vmm, rustix::process::Signal::KILL).unwrap();
+    wait(&task, "web", "").await;
+    assert_eq!(code(pause(&task).await.unwrap_err()).0, Code::FAILED_PRECONDITION);
+    delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+}
