@@ -124,6 +124,11 @@ impl Cgroup {
         fs::read_to_string(self.dir.join(FREEZER)).is_ok_and(|text| text.trim_end() == "1")
     }
 
+    /// Where the group's files are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Waits until nobody is left in the group.
     async fn emptied(&self) -> io::Result<()> {
         self.until("cgroup.events", |events| (value_of(events, "populated") == Some(0)).then_some(())).await

@@ -26,6 +26,7 @@ mod process;
 mod reaper;
 mod sandbox;
 mod spec;
+mod stats;
 mod stdio;
 mod sys;
 mod tasks;

@@ -15,8 +15,9 @@ use agent_api::task::{
 use agent_api::ttrpc::r#async::TtrpcContext;
 use agent_api::ttrpc::{self, Code};
 use async_trait::async_trait;
-use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
 
 use crate::container::{Container, Guest};
 use crate::errors::TaskError;
@@ -193,6 +194,14 @@ impl Task for Tasks {
         Ok(Empty::new())
     }
 
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let metrics = self.container(&request.id)?.stats();
+        let value = metrics.write_to_bytes().expect("a message of plain fields is always complete");
+        let type_url = agent_api::METRICS_TYPE_URL.to_owned();
+        let stats = MessageField::some(Any { type_url, value, ..Any::default() });
+        Ok(StatsResponse { stats, ..Default::default() })
+    }
+
     // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -201,10 +210,6 @@ impl Task for Tasks {
 
     async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         unimplemented("Update")
-    }
-
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        unimplemented("Stats")
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use agent_api::sandbox::{SandboxClient, SetupRequest, SetupResponse};
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
-    PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, TaskClient,
-    WaitRequest, WaitResponse,
+    PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, StatsRequest,
+    StatsResponse, TaskClient, WaitRequest, WaitResponse,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -134,6 +134,11 @@ impl Agent {
     pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
         let request = ResumeRequest { id: id.to_owned(), ..ResumeRequest::default() };
         self.within("Resume", self.task.resume(self.context(), &request)).await.map(drop)
+    }
+
+    /// `Task.Stats`.
+    pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse, AgentError> {
+        self.within("Stats", self.task.stats(self.context(), request)).await
     }
 
     /// `Task.ResizePty`.

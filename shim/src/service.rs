@@ -183,6 +183,10 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        Ok(self.0.stats(&request).await?)
+    }
+
     // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -191,9 +195,5 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         Err(TaskError::Unimplemented("changing a container's resources").into())
-    }
-
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        Err(TaskError::Unimplemented("a container's counters").into())
     }
 }

@@ -30,11 +30,14 @@ pub mod stream;
 /// ([`task::Task`], [`task::create_task`]).
 ///
 /// Served by the agent: `Create`, `Start`, `State`, `Kill`, `Delete`, `Wait`, `Exec`, `CloseIO`, `Pids`,
-/// `ResizePty`, `Pause`, `Resume`, `Connect`. The rest answers `Unimplemented`.
+/// `ResizePty`, `Pause`, `Resume`, `Stats`, `Connect`. The rest answers `Unimplemented`.
 pub mod task {
     pub use containerd_shim_protos::api::*;
     pub use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
 }
+
+/// What a container has used, in containerd's message for control groups v2: the value in `StatsResponse.stats`.
+pub use containerd_shim_protos::cgroups_v2::metrics;
 
 /// The messages' runtime and the RPC runtime, in the versions this crate is built with.
 pub use {protobuf, ttrpc};
@@ -58,6 +61,8 @@ pub const TASK_SERVICE: &str = "containerd.task.v3.Task";
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 /// `type_url` of the OCI process in `ExecProcessRequest.spec`; the value is its JSON.
 pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// `type_url` of [`metrics::Metrics`] in `StatsResponse.stats`, as containerd writes it.
+pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Tag of the one virtio-fs device.
 pub const SHARE_TAG: &str = "ctvm";

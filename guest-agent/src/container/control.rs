@@ -1,8 +1,11 @@
-//! What is done to a container that exists: standing still and going on.
+//! What is done to a container that exists: standing still and going on, and its counters.
+
+use agent_api::metrics::Metrics;
 
 use crate::container::{Container, PAUSED};
 use crate::errors::TaskError;
 use crate::process::Phase;
+use crate::stats;
 
 impl Container {
     /// Stops every process of the container where it is. Signals wait, save SIGKILL.
@@ -21,6 +24,11 @@ impl Container {
             return Err(TaskError::State { what: "resume", state: Phase::Running.name() });
         }
         self.cgroup.thaw().map_err(TaskError::io("let the container's processes go on"))
+    }
+
+    /// What it has used.
+    pub fn stats(&self) -> Metrics {
+        stats::of(self.cgroup.dir())
     }
 
     /// Whether its processes stand still, or are about to.

@@ -1,5 +1,6 @@
-//! What is done to a container that exists: standing still and going on.
+//! What is done to a container that exists: standing still and going on, and its counters.
 
+use agent_api::task::{StatsRequest, StatsResponse};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 
 use crate::container::{Phase, Process};
@@ -40,6 +41,16 @@ impl Sandbox {
         self.events
             .publish(&Event::Resumed(TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() }));
         Ok(())
+    }
+
+    /// What a container has used, by the guest's counters.
+    ///
+    /// # Errors
+    /// [`TaskError::Finished`] when its VM is gone, and the counters with it; whatever the agent says.
+    pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse, TaskError> {
+        self.process(&request.id, "")?;
+        let vm = self.running_vm().ok_or(TaskError::Finished)?;
+        vm.agent.stats(request).await.map_err(|e| self.explained(e))
     }
 }
 

@@ -28,10 +28,11 @@ use agent_api::stream::StreamId;
 use agent_api::task::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
     KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResumeRequest, StartRequest,
-    StartResponse, Task, WaitRequest, WaitResponse, create_task,
+    StartResponse, StatsRequest, StatsResponse, Task, WaitRequest, WaitResponse, create_task,
 };
-use agent_api::{AGENT_PORT, LOG_PORT, STREAM_PORT};
+use agent_api::{AGENT_PORT, LOG_PORT, METRICS_TYPE_URL, STREAM_PORT};
 use async_trait::async_trait;
+use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::asynchronous::transport::{Listener, Socket};
@@ -325,6 +326,13 @@ impl Task for Fake {
             true => Ok(Empty::new()),
             false => Err(refused(ttrpc::Code::FAILED_PRECONDITION, "it is running")),
         }
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.find(&request.id, "")?;
+        let value = b"counters".to_vec();
+        let stats = Any { type_url: METRICS_TYPE_URL.to_owned(), value, ..Any::default() };
+        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }
 
     async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {

@@ -2,7 +2,9 @@
 
 use crate::daemon::{Daemon, code, create_request, ctx, delete, kill_request, shutdown, start_request, wait};
 use crate::is_root;
-use agent_api::task::{ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, Status, TaskClient};
+use agent_api::task::{
+    ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient,
+};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
@@ -88,6 +90,24 @@ async fn a_container_whose_vm_is_gone_cannot_be_paused() {
     wait(&task, "web", "").await;
     assert_eq!(code(pause(&task).await.unwrap_err()).0, Code::FAILED_PRECONDITION);
     delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+}
+
+#[tokio::test]
+async fn counters_come_from_the_guest_as_they_are() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = started(&daemon, &["exit", "0"]).await;
+    wait(&task, "web", "").await;
+    let request = StatsRequest { id: "web".into(), ..Default::default() };
+    let stats = task.stats(ctx(), &request).await.unwrap().stats.unwrap();
+    assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+    assert_eq!(stats.value, b"counters");
+    delete(&task, "web", "").await.unwrap();
+    assert_eq!(code(task.stats(ctx(), &request).await.unwrap_err()).0, Code::NOT_FOUND);
     shutdown(&task, "web").await;
     daemon.nothing_left().await;
 }
