@@ -4,6 +4,7 @@ use agent_api::ttrpc::{self, Code};
 
 use crate::launch::{LaunchError, chain};
 use crate::mounts::MountError;
+use crate::resources::ResourcesError;
 use crate::spec::SpecError;
 use crate::stdio::StdioError;
 
@@ -31,6 +32,9 @@ pub enum TaskError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Limits cannot be changed as asked.
+    #[error(transparent)]
+    Resources(#[from] ResourcesError),
     /// A mount in the request cannot be made.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -63,6 +67,11 @@ impl TaskError {
             Self::Signal(_) | Self::Spec(_) | Self::Mount(_) | Self::Stdio(StdioError::Name(_)) => {
                 Code::INVALID_ARGUMENT
             }
+            Self::Resources(error) => match error {
+                ResourcesError::Value { .. } => Code::INVALID_ARGUMENT,
+                ResourcesError::NoFile { .. } | ResourcesError::Unsupported(_) => Code::FAILED_PRECONDITION,
+                ResourcesError::Refused { .. } | ResourcesError::Halfway { .. } => Code::INTERNAL,
+            },
             Self::Stdio(_) | Self::Io { .. } => Code::INTERNAL,
             Self::Launch(LaunchError::Refused(_)) => Code::UNKNOWN,
             Self::Launch(_) => Code::INTERNAL,

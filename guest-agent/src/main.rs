@@ -24,6 +24,7 @@ mod mounts;
 mod payload;
 mod process;
 mod reaper;
+mod resources;
 mod sandbox;
 mod spec;
 mod stats;

@@ -90,6 +90,11 @@ pub fn process(spec: Option<&Any>, terminal: bool) -> Result<Process, SpecError>
     Ok(process)
 }
 
+/// Reads changed limits from `UpdateTaskRequest.resources`.
+pub fn resources(any: Option<&Any>) -> Result<LinuxResources, SpecError> {
+    value(any, agent_api::RESOURCES_TYPE_URL)
+}
+
 fn value<T: serde::de::DeserializeOwned>(any: Option<&Any>, wanted: &'static str) -> Result<T, SpecError> {
     let any = any.ok_or(SpecError::Type { found: String::new(), wanted })?;
     if any.type_url != wanted {
@@ -192,6 +197,16 @@ mod tests {
         let other = any("types.containerd.io/runc.Options", "{}");
         assert!(matches!(container(Some(&other), "c1", false), Err(SpecError::Type { .. })));
         assert!(matches!(container(Some(&spec_any("{")), "c1", false), Err(SpecError::Json(_))));
+    }
+
+    #[test]
+    fn changed_limits_are_ocis_resources() {
+        let memory = any(agent_api::RESOURCES_TYPE_URL, r#"{"memory":{"limit":4096},"new":{}}"#);
+        assert_eq!(resources(Some(&memory)).unwrap().memory().unwrap().limit(), Some(4096));
+        let windows = any("types.containerd.io/opencontainers/runtime-spec/1/WindowsResources", "{}");
+        assert!(matches!(resources(Some(&windows)), Err(SpecError::Type { .. })));
+        let text = any(agent_api::RESOURCES_TYPE_URL, r#"{"memory":{"limit":"4096"}}"#);
+        assert!(matches!(resources(Some(&text)), Err(SpecError::Json(_))));
     }
 
     #[test]

@@ -202,20 +202,19 @@ impl Task for Tasks {
         Ok(StatsResponse { stats, ..Default::default() })
     }
 
-    // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let resources = spec::resources(request.resources.as_ref()).map_err(TaskError::from)?;
+        container.update(&resources)?;
+        Ok(Empty::new())
+    }
+
+    // The generated answer says "not found", which containerd takes for a container that is gone.
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Checkpoint")
+        let text = format!("{}/Checkpoint is not implemented by the agent", agent_api::TASK_SERVICE);
+        Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::UNIMPLEMENTED, text)))
     }
-
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("Update")
-    }
-}
-
-fn unimplemented<T>(verb: &str) -> ttrpc::Result<T> {
-    let text = format!("{}/{verb} is not implemented by the agent", agent_api::TASK_SERVICE);
-    Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::UNIMPLEMENTED, text)))
 }
 
 fn timestamp(at: SystemTime) -> MessageField<Timestamp> {

@@ -8,7 +8,7 @@ use agent_api::sandbox::{SandboxClient, SetupRequest, SetupResponse};
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
     PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, StatsRequest,
-    StatsResponse, TaskClient, WaitRequest, WaitResponse,
+    StatsResponse, TaskClient, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -139,6 +139,11 @@ impl Agent {
     /// `Task.Stats`.
     pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse, AgentError> {
         self.within("Stats", self.task.stats(self.context(), request)).await
+    }
+
+    /// `Task.Update`.
+    pub async fn update(&self, request: &UpdateTaskRequest) -> Result<(), AgentError> {
+        self.within("Update", self.task.update(self.context(), request)).await.map(drop)
     }
 
     /// `Task.ResizePty`.

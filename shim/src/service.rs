@@ -187,13 +187,16 @@ impl Task for TaskService {
         Ok(self.0.stats(&request).await?)
     }
 
-    // The generated answers of the rest say "not found", which containerd takes for a container that is gone.
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        log::debug!("update {}", request.id);
+        let sandbox = self.0.clone();
+        run(async move { sandbox.update(request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    // The generated answer says "not found", which containerd takes for a container that is gone.
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         Err(TaskError::Unimplemented("checkpointing a container").into())
-    }
-
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unimplemented("changing a container's resources").into())
     }
 }

@@ -30,7 +30,8 @@ pub mod stream;
 /// ([`task::Task`], [`task::create_task`]).
 ///
 /// Served by the agent: `Create`, `Start`, `State`, `Kill`, `Delete`, `Wait`, `Exec`, `CloseIO`, `Pids`,
-/// `ResizePty`, `Pause`, `Resume`, `Stats`, `Connect`. The rest answers `Unimplemented`.
+/// `ResizePty`, `Pause`, `Resume`, `Stats`, `Update`,
+/// `Connect`. The rest answers `Unimplemented`.
 pub mod task {
     pub use containerd_shim_protos::api::*;
     pub use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
@@ -63,6 +64,8 @@ pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec
 pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// `type_url` of [`metrics::Metrics`] in `StatsResponse.stats`, as containerd writes it.
 pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+/// `type_url` of OCI's resources in `UpdateTaskRequest.resources`; the value is their JSON.
+pub const RESOURCES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// Tag of the one virtio-fs device.
 pub const SHARE_TAG: &str = "ctvm";

@@ -1,11 +1,12 @@
-//! What is done to a container that exists: standing still and going on, and its counters.
+//! What is done to a container that exists: standing still and going on, its counters and its limits.
 
 use agent_api::metrics::Metrics;
+use oci_spec::runtime::LinuxResources;
 
 use crate::container::{Container, PAUSED};
 use crate::errors::TaskError;
 use crate::process::Phase;
-use crate::stats;
+use crate::{resources, stats};
 
 impl Container {
     /// Stops every process of the container where it is. Signals wait, save SIGKILL.
@@ -29,6 +30,14 @@ impl Container {
     /// What it has used.
     pub fn stats(&self) -> Metrics {
         stats::of(self.cgroup.dir())
+    }
+
+    /// Changes its limits: all of them, or none.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), TaskError> {
+        if let phase @ Phase::Stopped(_) = self.init.phase() {
+            return Err(TaskError::State { what: "change the limits", state: phase.name() });
+        }
+        Ok(resources::update(self.cgroup.dir(), resources)?)
     }
 
     /// Whether its processes stand still, or are about to.

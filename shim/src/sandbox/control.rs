@@ -1,6 +1,7 @@
-//! What is done to a container that exists: standing still and going on, and its counters.
+//! What is done to a container that exists: standing still and going on, its counters and its limits.
 
-use agent_api::task::{StatsRequest, StatsResponse};
+use agent_api::RESOURCES_TYPE_URL;
+use agent_api::task::{StatsRequest, StatsResponse, UpdateTaskRequest};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 
 use crate::container::{Phase, Process};
@@ -41,6 +42,27 @@ impl Sandbox {
         self.events
             .publish(&Event::Resumed(TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() }));
         Ok(())
+    }
+
+    /// Changes a container's limits in the guest. Annotations are not looked at: none has a meaning here.
+    ///
+    /// # Errors
+    /// [`TaskError::Phase`] when it has ended, [`TaskError::Request`] for anything but Linux's resources; whatever the
+    /// agent says.
+    pub async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), TaskError> {
+        let (_, init) = self.process(&request.id, "")?;
+        if let phase @ Phase::Stopped(_) = init.phase() {
+            return Err(TaskError::Phase { what: "change the limits of", phase: phase.name() });
+        }
+        let resources =
+            request.resources.as_mut().ok_or(TaskError::Request("the update has no resources"))?;
+        if resources.type_url.rsplit('/').next() != RESOURCES_TYPE_URL.rsplit('/').next() {
+            return Err(TaskError::Request("the update's resources are not of type LinuxResources"));
+        }
+        RESOURCES_TYPE_URL.clone_into(&mut resources.type_url);
+        request.annotations.clear();
+        let vm = self.running_vm().ok_or(TaskError::Finished)?;
+        vm.agent.update(&request).await.map_err(|e| self.explained(e))
     }
 
     /// What a container has used, by the guest's counters.

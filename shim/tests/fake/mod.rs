@@ -28,9 +28,10 @@ use agent_api::stream::StreamId;
 use agent_api::task::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
     KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResumeRequest, StartRequest,
-    StartResponse, StatsRequest, StatsResponse, Task, WaitRequest, WaitResponse, create_task,
+    StartResponse, StatsRequest, StatsResponse, Task, UpdateTaskRequest, WaitRequest, WaitResponse,
+    create_task,
 };
-use agent_api::{AGENT_PORT, LOG_PORT, METRICS_TYPE_URL, STREAM_PORT};
+use agent_api::{AGENT_PORT, LOG_PORT, METRICS_TYPE_URL, RESOURCES_TYPE_URL, STREAM_PORT};
 use async_trait::async_trait;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
@@ -333,6 +334,17 @@ impl Task for Fake {
         let value = b"counters".to_vec();
         let stats = Any { type_url: METRICS_TYPE_URL.to_owned(), value, ..Any::default() };
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        self.find(&request.id, "")?;
+        assert_eq!(request.resources.type_url, RESOURCES_TYPE_URL);
+        let resources: serde_json::Value =
+            serde_json::from_slice(&request.resources.value).expect("resources");
+        match resources["pids"]["limit"].as_i64() {
+            Some(limit) if limit < 100 => Ok(Empty::new()),
+            _ => Err(refused(ttrpc::Code::INVALID_ARGUMENT, "pids.limit must be below 100")),
+        }
     }
 
     async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {

@@ -4,6 +4,7 @@ use crate::daemon::{Daemon, code, create_request, ctx, delete, kill_request, shu
 use crate::is_root;
 use agent_api::task::{
     ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient,
+    UpdateTaskRequest,
 };
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -108,6 +109,38 @@ async fn counters_come_from_the_guest_as_they_are() {
     assert_eq!(stats.value, b"counters");
     delete(&task, "web", "").await.unwrap();
     assert_eq!(code(task.stats(ctx(), &request).await.unwrap_err()).0, Code::NOT_FOUND);
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+}
+
+#[tokio::test]
+async fn limits_are_changed_by_the_guest() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = started(&daemon, &["sleep"]).await;
+    let update = |kind: &str, limit: i64| {
+        let mut resources = Any::new();
+        resources.type_url = format!("types.containerd.io/opencontainers/runtime-spec/1/{kind}");
+        resources.value = json!({ "pids": { "limit": limit } }).to_string().into_bytes();
+        let resources = MessageField::some(resources);
+        let annotations = [("a".to_owned(), "b".to_owned())].into();
+        UpdateTaskRequest { id: "web".into(), resources, annotations, ..Default::default() }
+    };
+    task.update(ctx(), &update("LinuxResources", 10)).await.unwrap();
+    let (refused, text) = code(task.update(ctx(), &update("LinuxResources", 100)).await.unwrap_err());
+    assert_eq!((refused, text.contains("must be below 100")), (Code::INVALID_ARGUMENT, true), "{text}");
+    let (other, text) = code(task.update(ctx(), &update("WindowsResources", 10)).await.unwrap_err());
+    assert_eq!((other, text.contains("LinuxResources")), (Code::INVALID_ARGUMENT, true), "{text}");
+    let empty = UpdateTaskRequest { id: "web".into(), ..Default::default() };
+    assert_eq!(code(task.update(ctx(), &empty).await.unwrap_err()).0, Code::INVALID_ARGUMENT);
+
+    task.kill(ctx(), &kill_request("web", 9)).await.unwrap();
+    wait(&task, "web", "").await;
+    let late = task.update(ctx(), &update("LinuxResources", 10)).await.unwrap_err();
+    assert_eq!(code(late).0, Code::FAILED_PRECONDITION);
+    delete(&task, "web", "").await.unwrap();
     shutdown(&task, "web").await;
     daemon.nothing_left().await;
 }
