@@ -19,6 +19,8 @@ const EMPTY: Duration = Duration::from_secs(5);
 const FREEZE: Duration = Duration::from_secs(5);
 
 const FREEZER: &str = "cgroup.freeze";
+const MEMORY_EVENTS: &str = "memory.events";
+const OOM_KILL: &str = "oom_kill";
 
 /// One container's group.
 #[derive(Debug, Clone)]
@@ -124,6 +126,16 @@ impl Cgroup {
         fs::read_to_string(self.dir.join(FREEZER)).is_ok_and(|text| text.trim_end() == "1")
     }
 
+    /// How many processes of the group the kernel has killed for want of memory.
+    pub fn oom_kills(&self) -> io::Result<u64> {
+        Ok(value_of(&fs::read_to_string(self.dir.join(MEMORY_EVENTS))?, OOM_KILL).unwrap_or(0))
+    }
+
+    /// Waits until there are more of them than `seen`.
+    pub async fn oom_kills_beyond(&self, seen: u64) -> io::Result<u64> {
+        self.until(MEMORY_EVENTS, |events| value_of(events, OOM_KILL).filter(|&kills| kills > seen)).await
+    }
+
     /// Where the group's files are.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -209,7 +221,7 @@ mod tests {
     fn values_are_found_by_their_whole_key() {
         let events = "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 1\n";
         assert_eq!(value_of(events, "oom"), Some(3));
-        assert_eq!(value_of(events, "oom_kill"), Some(2));
+        assert_eq!(value_of(events, OOM_KILL), Some(2));
         assert_eq!(value_of(events, "oom_group"), None);
         assert_eq!(value_of("populated 1\nfrozen 0\n", "frozen"), Some(0));
     }

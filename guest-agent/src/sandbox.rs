@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use agent_api::sandbox::{
-    InfoRequest, InfoResponse, Sandbox, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+    InfoRequest, InfoResponse, OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse,
+    ShutdownRequest, ShutdownResponse,
 };
 use agent_api::ttrpc::r#async::TtrpcContext;
 use agent_api::ttrpc::{self, Code};
@@ -115,6 +116,11 @@ impl Sandbox for GuestSandbox {
             cpus,
             ..Default::default()
         })
+    }
+
+    async fn oom_kills(&self, _: &TtrpcContext, request: OomKillsRequest) -> ttrpc::Result<OomKillsResponse> {
+        let (kills, ended) = self.tasks.container(&request.id)?.oom_kills(request.beyond).await?;
+        Ok(OomKillsResponse { kills, ended, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

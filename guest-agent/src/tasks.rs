@@ -68,7 +68,11 @@ impl Tasks {
         }
     }
 
-    fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+    /// The container of that name.
+    ///
+    /// # Errors
+    /// [`TaskError::NoContainer`], also while it is being made.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         match self.slots().get(id) {
             Some(Slot::There(container)) => Ok(container.clone()),
             Some(Slot::Creating) | None => Err(TaskError::NoContainer(id.to_owned())),

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use agent_api::sandbox::{SandboxClient, SetupRequest, SetupResponse};
+use agent_api::sandbox::{OomKillsRequest, OomKillsResponse, SandboxClient, SetupRequest, SetupResponse};
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
     PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, StatsRequest,
@@ -144,6 +144,18 @@ impl Agent {
     /// `Task.Update`.
     pub async fn update(&self, request: &UpdateTaskRequest) -> Result<(), AgentError> {
         self.within("Update", self.task.update(self.context(), request)).await.map(drop)
+    }
+
+    /// `Sandbox.OomKills`, at once.
+    pub async fn oom_kills(&self, id: &str) -> Result<OomKillsResponse, AgentError> {
+        let request = OomKillsRequest { id: id.to_owned(), ..OomKillsRequest::default() };
+        self.within("OomKills", self.sandbox.oom_kills(self.context(), &request)).await
+    }
+
+    /// `Sandbox.OomKills`: until there are more than `seen`, or the container has ended.
+    pub async fn more_oom_kills(&self, id: &str, seen: u64) -> Result<OomKillsResponse, AgentError> {
+        let request = OomKillsRequest { id: id.to_owned(), beyond: Some(seen), ..OomKillsRequest::default() };
+        self.sandbox.oom_kills(Context::default(), &request).await.map_err(|e| named("OomKills", e))
     }
 
     /// `Task.ResizePty`.

@@ -49,6 +49,8 @@ pub enum Event {
     Paused(task::TaskPaused),
     /// They go on.
     Resumed(task::TaskResumed),
+    /// The kernel killed some for want of memory.
+    Oom(task::TaskOOM),
 }
 
 impl Event {
@@ -63,6 +65,7 @@ impl Event {
             Event::ExecStarted(_) => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
             Event::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
             Event::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
+            Event::Oom(_) => topics::TASK_OOM_EVENT_TOPIC,
         }
     }
 
@@ -76,6 +79,7 @@ impl Event {
             Event::ExecStarted(m) => pack("containerd.events.TaskExecStarted", m),
             Event::Paused(m) => pack("containerd.events.TaskPaused", m),
             Event::Resumed(m) => pack("containerd.events.TaskResumed", m),
+            Event::Oom(m) => pack("containerd.events.TaskOOM", m),
         }
     }
 }

@@ -16,7 +16,7 @@
 //! - `CreateTaskRequest.options` carries the OCI configuration ([`SPEC_TYPE_URL`], JSON bytes) with every path
 //!   already a path in the guest; `bundle` is not used.
 //! - `stdin`, `stdout` and `stderr` are `""` (`/dev/null`) or `stream:<decimal id>` ([`stream::StreamId`]).
-//! - There are no events: the shim holds one `Wait` a process.
+//! - There are no events: the shim holds one `Wait` a process, and one `OomKills` a container.
 //!
 //! Not here: how the host side of vsock is made (the VMM's business) and anything that touches a system call.
 #![forbid(unsafe_code)]

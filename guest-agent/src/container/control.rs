@@ -40,6 +40,22 @@ impl Container {
         Ok(resources::update(self.cgroup.dir(), resources)?)
     }
 
+    /// How many of its processes the kernel has killed for want of memory, and whether its first process has ended.
+    /// With `beyond`: as soon as there are more than this, or it has ended.
+    pub async fn oom_kills(&self, beyond: Option<u64>) -> Result<(u64, bool), TaskError> {
+        const WHAT: &str = "count the processes killed for want of memory";
+        if let Some(seen) = beyond {
+            tokio::select! {
+                kills = self.cgroup.oom_kills_beyond(seen) => {
+                    return kills.map(|kills| (kills, false)).map_err(TaskError::io(WHAT));
+                }
+                _ = self.init.wait() => {}
+            }
+        }
+        let ended = matches!(self.init.phase(), Phase::Stopped(_));
+        Ok((self.cgroup.oom_kills().map_err(TaskError::io(WHAT))?, ended))
+    }
+
     /// Whether its processes stand still, or are about to.
     pub fn is_paused(&self) -> bool {
         self.cgroup.is_frozen()

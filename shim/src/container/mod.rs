@@ -10,7 +10,7 @@
 //! event is queued, and the end waits for that turn.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -139,6 +139,7 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     shares: Mutex<Vec<String>>,
     paused: AtomicBool,
+    oom_kills: AtomicU64,
 }
 
 impl Container {
@@ -152,6 +153,7 @@ impl Container {
             execs: Mutex::default(),
             shares: Mutex::default(),
             paused: AtomicBool::new(false),
+            oom_kills: AtomicU64::new(0),
         })
     }
 
@@ -200,6 +202,16 @@ impl Container {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
+    /// How many of its processes were killed for want of memory, as far as was told.
+    pub fn oom_kills(&self) -> u64 {
+        self.oom_kills.load(Ordering::Relaxed)
+    }
+
+    /// Notes that there were `kills` of them in all. Says whether that is news.
+    pub fn note_oom_kills(&self, kills: u64) -> bool {
+        self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills
+    }
+
     /// Remembers a directory shown to the guest for it.
     pub fn add_share(&self, name: &str) {
         self.shares.lock().expect("no code panics while it holds this lock").push(name.to_owned());
@@ -229,6 +241,16 @@ mod tests {
         assert!(!process.mark_stopped(exit(4)));
         process.mark_started();
         assert_eq!(process.ended().await.status, 3);
+    }
+
+    #[test]
+    fn a_kill_for_want_of_memory_is_news_once() {
+        let container = Container::new("web", "/b");
+        assert!(!container.note_oom_kills(0));
+        assert!(container.note_oom_kills(2));
+        assert!(!container.note_oom_kills(2) && !container.note_oom_kills(1));
+        assert!(container.note_oom_kills(3));
+        assert_eq!(container.oom_kills(), 3);
     }
 
     #[test]

@@ -31,8 +31,8 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`TaskError::Phase`] when it is not just made, and whatever the agent says.
-    pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, TaskError> {
-        let (_, process) = self.process(id, exec_id)?;
+    pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
+        let (container, process) = self.process(id, exec_id)?;
         let _turn = process.turn.lock().await;
         match process.phase() {
             Phase::Created => {}
@@ -57,6 +57,7 @@ impl Sandbox {
         self.events.publish(&event);
         if exec_id.is_empty() {
             self.reached(id, "container running");
+            self.watch_oom(vm, container);
         }
         Ok(pid)
     }
@@ -93,11 +94,19 @@ impl Sandbox {
         // After `Start` has published: its event comes first.
         let _turn = process.turn.lock().await;
         let timeouts = &self.config.timeouts;
-        let drained = process.copying.lock().await.drain(timeouts.drain(), timeouts.drain_quiet()).await;
+        let is_init = process.exec_id.is_empty();
+        let drained =
+            async { process.copying.lock().await.drain(timeouts.drain(), timeouts.drain_quiet()).await };
+        // The first process may end of the end of another.
+        let oom = async {
+            if process.was_started() && (is_init || exit.status == KILLED) {
+                self.settle_oom(container).await;
+            }
+        };
+        let (drained, ()) = tokio::join!(drained, oom);
         if !drained {
             log::debug!("output of {} is still open after its end", container.id);
         }
-        let is_init = process.exec_id.is_empty();
         if is_init {
             let execs =
                 container.processes().into_iter().filter(|p| !p.exec_id.is_empty() && p.was_started());

@@ -29,6 +29,7 @@ pub mod control;
 pub mod create;
 pub mod guest_log;
 pub mod lifecycle;
+pub mod oom;
 pub mod state_file;
 pub mod streams;
 pub mod timeline;

@@ -10,6 +10,8 @@
 //! | `cat` | copies stdin to stdout until it ends |
 //! | `read FILE` | writes the content of a file below the container's root |
 //! | `sleep` | runs until it is killed |
+//! | `oom N` | counts as one more process of its container that was killed for want of memory, and ends with that code |
+//! | `oom` | the same, and runs until it is killed |
 //! | `missing` | cannot be started |
 //!
 //! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`; with `fake=slow`
@@ -23,7 +25,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use agent_api::sandbox::{Sandbox, SetupRequest, SetupResponse, create_sandbox};
+use agent_api::sandbox::{
+    OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse, create_sandbox,
+};
 use agent_api::stream::StreamId;
 use agent_api::task::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
@@ -175,6 +179,8 @@ struct Process {
     streams: Mutex<[Option<UnixStream>; 3]>,
     exit: watch::Sender<Option<u32>>,
     paused: AtomicBool,
+    /// Its container's kills for want of memory.
+    oom_kills: Arc<watch::Sender<u64>>,
 }
 
 impl Fake {
@@ -185,14 +191,18 @@ impl Fake {
             stream.write_all(&id.hello()).unwrap();
             Some(stream)
         });
+        let mut processes = self.processes.lock().unwrap();
+        let init = processes.get(&(id.to_owned(), String::new()));
+        let oom_kills = init.map_or_else(|| Arc::new(watch::Sender::new(0)), |init| init.oom_kills.clone());
         let process = Process {
             container: id.to_owned(),
             args,
             streams: Mutex::new(streams),
             exit: watch::Sender::new(None),
             paused: AtomicBool::new(false),
+            oom_kills,
         };
-        self.processes.lock().unwrap().insert((id.to_owned(), exec_id.to_owned()), Arc::new(process));
+        processes.insert((id.to_owned(), exec_id.to_owned()), Arc::new(process));
     }
 
     fn find(&self, id: &str, exec_id: &str) -> ttrpc::Result<Arc<Process>> {
@@ -249,6 +259,14 @@ impl Process {
                 write(stdout, text.as_bytes());
                 0
             }
+            ["oom", code] => {
+                self.oom_kills.send_modify(|kills| *kills += 1);
+                code.parse().unwrap()
+            }
+            ["oom"] => {
+                self.oom_kills.send_modify(|kills| *kills += 1);
+                return;
+            }
             _ => return,
         };
         self.end(status);
@@ -263,6 +281,19 @@ impl Sandbox for Fake {
         let mut response = SetupResponse::new();
         response.kernel_release = "0.0-fake".into();
         Ok(response)
+    }
+
+    async fn oom_kills(&self, _: &TtrpcContext, request: OomKillsRequest) -> ttrpc::Result<OomKillsResponse> {
+        let init = self.find(&request.id, "")?;
+        let (mut kills, mut exit) = (init.oom_kills.subscribe(), init.exit.subscribe());
+        if let Some(beyond) = request.beyond {
+            tokio::select! {
+                _ = kills.wait_for(|kills| *kills > beyond) => {}
+                _ = exit.wait_for(Option::is_some) => {}
+            }
+        }
+        let (kills, ended) = (*kills.borrow(), exit.borrow().is_some());
+        Ok(OomKillsResponse { kills, ended, ..Default::default() })
     }
 }
 

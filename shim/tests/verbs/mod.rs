@@ -6,8 +6,9 @@ use agent_api::task::{
     ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient,
     UpdateTaskRequest,
 };
-use protobuf::MessageField;
+use containerd_shim_protos::events::task::TaskOOM;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message as _, MessageField};
 use serde_json::json;
 use ttrpc::Code;
 
@@ -26,6 +27,13 @@ async fn pause(task: &TaskClient) -> ttrpc::Result<()> {
 
 async fn resume(task: &TaskClient) -> ttrpc::Result<()> {
     task.resume(ctx(), &ResumeRequest { id: "web".into(), ..Default::default() }).await.map(drop)
+}
+
+fn exec(exec_id: &str, args: &[&str]) -> ExecProcessRequest {
+    let mut spec = Any::new();
+    spec.value = json!({ "args": args, "cwd": "/" }).to_string().into_bytes();
+    let spec = MessageField::some(spec);
+    ExecProcessRequest { id: "web".into(), exec_id: exec_id.into(), spec, ..Default::default() }
 }
 
 async fn status(task: &TaskClient) -> Status {
@@ -52,15 +60,7 @@ async fn a_container_stands_still_and_goes_on() {
     assert_eq!(status(&task).await, Status::PAUSED);
     let (again, text) = code(pause(&task).await.unwrap_err());
     assert_eq!((again, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
-    let mut spec = Any::new();
-    spec.value = json!({ "args": ["exit", "0"], "cwd": "/" }).to_string().into_bytes();
-    let exec = ExecProcessRequest {
-        id: "web".into(),
-        exec_id: "e".into(),
-        spec: MessageField::some(spec),
-        ..Default::default()
-    };
-    let (refused, text) = code(task.exec(ctx(), &exec).await.unwrap_err());
+    let (refused, text) = code(task.exec(ctx(), &exec("e", &["exit", "0"])).await.unwrap_err());
     assert_eq!((refused, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
     resume(&task).await.unwrap();
     assert_eq!(status(&task).await, Status::RUNNING);
@@ -143,4 +143,42 @@ async fn limits_are_changed_by_the_guest() {
     delete(&task, "web", "").await.unwrap();
     shutdown(&task, "web").await;
     daemon.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_kill_for_want_of_memory_is_told_before_the_exit() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = started(&daemon, &["oom", "137"]).await;
+    assert_eq!(wait(&task, "web", "").await, 137);
+    delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+    let expected = ["create", "start", "oom", "exit", "delete"].map(|topic| format!("/tasks/{topic}"));
+    assert_eq!(daemon.topics_when(5).await, expected);
+    let (_, oom) = daemon.events.lock().unwrap()[2].clone();
+    assert_eq!(oom.type_url, "containerd.events.TaskOOM");
+    assert_eq!(TaskOOM::parse_from_bytes(&oom.value).unwrap().container_id, "web");
+}
+
+#[tokio::test]
+async fn kills_in_a_container_that_lives_are_told_as_they_come() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = started(&daemon, &["oom"]).await;
+    assert_eq!(daemon.topics_when(3).await[2], "/tasks/oom");
+    task.exec(ctx(), &exec("e", &["oom", "137"])).await.unwrap();
+    task.start(ctx(), &start_request("web", "e")).await.unwrap();
+    assert_eq!(wait(&task, "web", "e").await, 137);
+    task.kill(ctx(), &kill_request("web", 9)).await.unwrap();
+    assert_eq!(wait(&task, "web", "").await, 137);
+    delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    daemon.nothing_left().await;
+    let expected = ["exec-added", "exec-started", "oom", "exit", "exit", "delete"];
+    assert_eq!(daemon.topics_when(9).await[3..], expected.map(|topic| format!("/tasks/{topic}")));
 }
