@@ -7,6 +7,7 @@ use vmm_api::ErrorCode;
 
 use crate::agent::AgentError;
 use crate::container::io::IoError;
+use crate::container::logger::LoggerError;
 use crate::container::rootfs::RootfsError;
 use crate::container::spec::SpecError;
 use crate::sandbox::boot::{BootCause, BootError};
@@ -111,7 +112,12 @@ impl TaskError {
             TaskError::Io(error) => match error {
                 IoError::Open { source, .. } => os(source),
                 IoError::Scheme { .. } => Code::UNIMPLEMENTED,
-                IoError::NotFifo { .. } => Code::INVALID_ARGUMENT,
+                IoError::Logger { source, .. } => match source {
+                    LoggerError::Path | LoggerError::Encoding(_) => Code::INVALID_ARGUMENT,
+                    LoggerError::Start { source, .. } => os(source),
+                    LoggerError::Late { .. } => Code::DEADLINE_EXCEEDED,
+                },
+                IoError::NotFifo { .. } | IoError::Loggers { .. } => Code::INVALID_ARGUMENT,
             },
             TaskError::Vmm(error) => vmm(error),
             TaskError::Agent(error) => agent(error),

@@ -402,10 +402,10 @@ async fn a_create_that_fails_leaves_room_for_the_next() {
     daemon.make_bundle("web", &["exit", "0"], None);
     let task = daemon.connect("web").await;
     let mut wrong = create_request(&daemon, "web");
-    wrong.stdout = "binary:///usr/bin/logger".into();
+    wrong.stdout = "ttrpc+unix:///run/sock?streaming_id=web-stdout".into();
     let (status, text) = code(task.create(ctx(), &wrong).await.unwrap_err());
     assert_eq!(status, Code::UNIMPLEMENTED);
-    assert!(text.contains("only a fifo's path"), "{text}");
+    assert!(text.contains("supported are a fifo's path"), "{text}");
     let mut wrong = create_request(&daemon, "web");
     let mut mount = Mount::new();
     mount.type_ = "erofs".into();

@@ -1,22 +1,26 @@
 //! A process's standard streams: copied between containerd's fifos and the guest's vsock streams.
 //!
 //! ```text
-//! client ─ fifo ─> splice ─> stream ─> guest's stdin         each arrow ends the next one
-//! client <─ fifo ─ splice <─ stream <─ guest's stdout/stderr
+//! client ─ fifo ──> splice ─> stream ─> guest's stdin        each arrow ends the next one
+//! client <─ fifo ── splice <─ stream <─ guest's stdout/stderr
+//! logger <─ pipe ── splice <─┤  binary://…
+//!   file <───────── write  <─┘  file://…
 //! ```
 //!
 //! Bytes move inside the kernel (`splice`): this process holds none of them, and a slow reader slows the guest down,
-//! through the pipe and the stream's credit, instead of filling memory.
+//! through the pipe and the stream's credit, instead of filling memory. A file is the exception: it cannot be spliced to
+//! where it is appended to, and 16 KiB of its stream pass through here at a time.
 //!
 //! Both ends of an output fifo are held open, so that a client may come and go without the writer failing or the
 //! reader seeing the end. Of an input fifo the writing end is held until `CloseIO`: a client that reconnects does not
 //! end the input.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,6 +34,7 @@ use rustix::time::Timespec;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
+use crate::container::logger::{self, Logger, LoggerError, Owner};
 use crate::watched::watch;
 
 /// Where a process's streams go, in containerd's words. Empty is nowhere.
@@ -37,32 +42,53 @@ use crate::watched::watch;
 pub struct Stdio {
     /// Fifo to read from.
     pub stdin: String,
-    /// Fifo to write to.
+    /// Fifo to write to, or the URI of a file (`file://`) or of a logger (`binary://`).
     pub stdout: String,
-    /// Fifo to write to; unused with a terminal.
+    /// The same; unused with a terminal.
     pub stderr: String,
     /// The process has a terminal: one stream both ways.
     pub terminal: bool,
 }
 
 impl Stdio {
-    /// Paths of what is opened.
+    /// Paths of the fifos that are opened.
     pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
-        let stderr = if self.terminal { "" } else { &self.stderr };
-        [self.stdin.as_str(), &self.stdout, stderr].into_iter().filter(|p| !p.is_empty()).map(PathBuf::from)
+        let streams = [self.stdin.as_str(), &self.stdout, self.used_stderr()];
+        streams.into_iter().filter(|p| p.starts_with('/')).map(PathBuf::from)
+    }
+
+    fn used_stderr(&self) -> &str {
+        if self.terminal { "" } else { &self.stderr }
     }
 }
 
 /// A stream that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IoError {
-    /// Not a fifo's path.
-    #[error("{stream} {uri:?}: only a fifo's path is supported, not a URI with a scheme")]
+    /// Not a path, and of no known kind.
+    #[error("{stream} {uri:?}: supported are a fifo's path and, for output, file:// and binary://")]
     Scheme {
         /// Which stream.
         stream: &'static str,
         /// As containerd named it.
         uri: String,
+    },
+    /// A program for each output.
+    #[error("stdout {stdout:?} and stderr {stderr:?}: one logger takes both")]
+    Loggers {
+        /// As containerd named it.
+        stdout: String,
+        /// As containerd named it.
+        stderr: String,
+    },
+    /// A logger that does not take the output.
+    #[error("logger {uri:?}")]
+    Logger {
+        /// As containerd named it.
+        uri: String,
+        /// Why not.
+        #[source]
+        source: LoggerError,
     },
     /// Another kind of file.
     #[error("{stream} {path:?} is not a fifo")]
@@ -89,8 +115,18 @@ pub enum IoError {
 #[derive(Debug, Default)]
 pub struct Fifos {
     stdin: Option<(OwnedFd, OwnedFd)>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+    logger: Option<Logger>,
+}
+
+/// Where an output goes.
+#[derive(Debug)]
+enum Output {
+    /// A client's fifo, or a logger's pipe.
+    Pipe(OwnedFd),
+    /// A file, to its end.
+    File(File),
 }
 
 /// The guest's ends.
@@ -105,11 +141,11 @@ pub struct Streams {
 }
 
 impl Fifos {
-    /// Opens what `stdio` names.
+    /// Opens what `stdio` names, and starts its logger.
     ///
     /// # Errors
     /// See [`IoError`].
-    pub fn open(stdio: &Stdio) -> Result<Self, IoError> {
+    pub async fn open(stdio: &Stdio, owner: Owner<'_>) -> Result<Self, IoError> {
         let stdin = match stdio.stdin.as_str() {
             "" => None,
             path => {
@@ -117,13 +153,52 @@ impl Fifos {
                 Some((read, open_fifo("stdin", path, false, true)?))
             }
         };
-        let output = |stream, path: &str| match path {
-            "" => Ok(None),
-            path => open_fifo(stream, path, true, true).map(Some),
+        let (stdout, stderr) = (stdio.stdout.as_str(), stdio.used_stderr());
+        if is_logger(stdout) && is_logger(stderr) && stdout != stderr {
+            return Err(IoError::Loggers { stdout: stdout.to_owned(), stderr: stderr.to_owned() });
+        }
+        let mut fifos = Fifos {
+            stdin,
+            stdout: output("stdout", stdout)?,
+            stderr: output("stderr", stderr)?,
+            logger: None,
         };
-        let stderr = if stdio.terminal { None } else { output("stderr", &stdio.stderr)? };
-        Ok(Fifos { stdin, stdout: output("stdout", &stdio.stdout)?, stderr })
+        if let Some(uri) = [stdout, stderr].into_iter().find(|uri| is_logger(uri)) {
+            let started = Logger::start(uri, owner).await;
+            let (logger, inputs) =
+                started.map_err(|source| IoError::Logger { uri: uri.to_owned(), source })?;
+            fifos.logger = Some(logger);
+            if is_logger(stdout) {
+                fifos.stdout = Some(Output::Pipe(inputs.stdout));
+            }
+            if is_logger(stderr) {
+                fifos.stderr = Some(Output::Pipe(inputs.stderr));
+            }
+        }
+        Ok(fifos)
     }
+}
+
+fn is_logger(uri: &str) -> bool {
+    uri.starts_with("binary://")
+}
+
+/// Opens a fifo or a file.
+fn output(stream: &'static str, uri: &str) -> Result<Option<Output>, IoError> {
+    if uri.is_empty() || is_logger(uri) {
+        return Ok(None);
+    }
+    let Some(path) = uri.strip_prefix("file://") else {
+        return open_fifo(stream, uri, true, true).map(|fifo| Some(Output::Pipe(fifo)));
+    };
+    let path = logger::decode(path).ok().filter(|path| path.starts_with('/'));
+    let path = path.ok_or_else(|| IoError::Scheme { stream, uri: uri.to_owned() })?;
+    let opened = Path::new(&path)
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| OpenOptions::new().append(true).create(true).mode(0o644).open(&path));
+    let file = opened.map_err(|source| IoError::Open { stream, path, source })?;
+    Ok(Some(Output::File(file)))
 }
 
 /// Opens a fifo without waiting for a peer.
@@ -149,6 +224,7 @@ pub struct Copying {
     stdin_writer: Option<OwnedFd>,
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
+    logger: Option<Logger>,
     moved: Arc<AtomicU64>,
 }
 
@@ -159,6 +235,7 @@ impl Copying {
     /// When a descriptor cannot be watched.
     pub fn start(fifos: Fifos, streams: Streams, terminal: bool) -> std::io::Result<Self> {
         let mut copying = Copying::default();
+        copying.logger = fifos.logger;
         let stdout = streams.stdout.map(stream_fd).transpose()?.map(Arc::new);
         let input =
             if terminal { stdout.clone() } else { streams.stdin.map(stream_fd).transpose()?.map(Arc::new) };
@@ -174,15 +251,24 @@ impl Copying {
             }));
         }
         let stderr = streams.stderr.map(stream_fd).transpose()?.map(Arc::new);
-        for (name, stream, fifo) in [("stdout", stdout, fifos.stdout), ("stderr", stderr, fifos.stderr)] {
-            let (Some(stream), Some(fifo)) = (stream, fifo) else { continue };
-            let fifo = watch(fifo)?;
+        for (name, stream, output) in [("stdout", stdout, fifos.stdout), ("stderr", stderr, fifos.stderr)] {
+            let (Some(stream), Some(output)) = (stream, output) else { continue };
             let moved = copying.moved.clone();
-            copying.outputs.push(tokio::spawn(async move {
-                if let Err(e) = copy(&stream, &fifo, &moved).await {
-                    log::debug!("{name}: {e}");
+            copying.outputs.push(match output {
+                Output::Pipe(fifo) => {
+                    let fifo = watch(fifo)?;
+                    tokio::spawn(async move {
+                        if let Err(e) = copy(&stream, &fifo, &moved).await {
+                            log::debug!("{name}: {e}");
+                        }
+                    })
                 }
-            }));
+                Output::File(file) => tokio::spawn(async move {
+                    if let Err(e) = append(&stream, &file, &moved).await {
+                        log::warn!("{name} to its file: {e}");
+                    }
+                }),
+            });
         }
         Ok(copying)
     }
@@ -200,6 +286,10 @@ impl Copying {
             for output in &mut self.outputs {
                 // A copier that panicked or was stopped has ended as well.
                 let _ = output.await;
+            }
+            // It ends with its input, and then all it was given is where it belongs.
+            if let Some(logger) = &mut self.logger {
+                logger.ended().await;
             }
         };
         let gave_up = async {
@@ -231,6 +321,7 @@ impl Copying {
         for task in self.outputs.drain(..).chain(self.input.take()) {
             task.abort();
         }
+        self.logger = None;
     }
 }
 
@@ -280,6 +371,28 @@ async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, moved: &AtomicU64)
     }
 }
 
+/// Bytes of a stream on their way to a file.
+const BUFFER: usize = 16 * 1024;
+
+/// Writes what comes from `from` to a file until it ends. A file is written to without waiting for it: there is no
+/// telling when one is ready.
+async fn append(from: &AsyncFd<OwnedFd>, mut to: &File, moved: &AtomicU64) -> std::io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let mut readable = from.readable().await?;
+        match rustix::io::read(from.get_ref(), &mut *buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                to.write_all(&buffer[..n])?;
+                moved.fetch_add(n as u64, Ordering::Relaxed);
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => readable.clear_ready(),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 fn is_ready(fd: &AsyncFd<OwnedFd>, wanted: PollFlags) -> bool {
     let mut ready = [PollFd::from_borrowed_fd(fd.as_fd(), wanted)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -289,7 +402,9 @@ fn is_ready(fd: &AsyncFd<OwnedFd>, wanted: PollFlags) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read as _, Write as _};
+    use std::io::Read as _;
+
+    const OWNER: Owner<'_> = Owner { namespace: "test", id: "web" };
 
     fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
         let path = dir.path().join(name);
@@ -308,7 +423,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (input, output) = (fifo(&dir, "in"), fifo(&dir, "out"));
         let stdio = Stdio { stdin: text(&input), stdout: text(&output), ..Stdio::default() };
-        let fifos = Fifos::open(&stdio).unwrap();
+        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
         let (guest_in, shim_in) = UnixStream::pair().unwrap();
         let (guest_out, shim_out) = UnixStream::pair().unwrap();
         let streams = Streams { stdin: Some(shim_in), stdout: Some(shim_out), stderr: None };
@@ -351,7 +466,7 @@ mod tests {
             stderr: "/nonexistent, and not opened with a terminal".into(),
             terminal: true,
         };
-        let fifos = Fifos::open(&stdio).unwrap();
+        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
         let (mut guest, shim) = UnixStream::pair().unwrap();
         let streams = Streams { stdout: Some(shim), ..Streams::default() };
         let _copying = Copying::start(fifos, streams, true).unwrap();
@@ -375,7 +490,7 @@ mod tests {
         let stdio = Stdio { stdout: text(&output), ..Stdio::default() };
         let (mut guest, shim) = UnixStream::pair().unwrap();
         let streams = Streams { stdout: Some(shim), ..Streams::default() };
-        let mut copying = Copying::start(Fifos::open(&stdio).unwrap(), streams, false).unwrap();
+        let mut copying = Copying::start(Fifos::open(&stdio, OWNER).await.unwrap(), streams, false).unwrap();
         // Opened while we hold the other end, as clients do.
         let mut client = std::fs::File::open(&output).unwrap();
         guest.write_all(b"before").unwrap();
@@ -389,14 +504,73 @@ mod tests {
         assert_eq!(got, "before after");
     }
 
-    #[test]
-    fn what_is_not_a_fifo_is_refused_by_name() {
-        let open = |stdout: &str| {
-            let stdio = Stdio { stdout: stdout.into(), ..Stdio::default() };
-            Fifos::open(&stdio).unwrap_err().to_string()
+    /// What `Streams` and a guest that says `out` and `err` make of `stdio`.
+    async fn said(stdio: &Stdio, out: &[u8], err: &[u8]) {
+        let (mut guest_out, shim_out) = UnixStream::pair().unwrap();
+        let (mut guest_err, shim_err) = UnixStream::pair().unwrap();
+        let fifos = Fifos::open(stdio, OWNER).await.unwrap();
+        let streams = Streams { stdin: None, stdout: Some(shim_out), stderr: Some(shim_err) };
+        let mut copying = Copying::start(fifos, streams, false).unwrap();
+        guest_out.write_all(out).unwrap();
+        guest_err.write_all(err).unwrap();
+        drop((guest_out, guest_err));
+        assert!(copying.drain(Duration::from_secs(20), Duration::from_secs(20)).await);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_made_and_appended_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new dir/log");
+        let uri = format!("file://{}", text(&path).replace(' ', "%20"));
+        let stdio = Stdio { stdout: uri.clone(), stderr: uri, ..Stdio::default() };
+        assert_eq!(stdio.paths().count(), 0, "what a client cleans up");
+        said(&stdio, b"first\n", b"").await;
+        said(&stdio, b"", b"second\n").await;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "first\nsecond\n");
+    }
+
+    #[tokio::test]
+    async fn a_logger_is_given_both_outputs_and_whose_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $* $HOME\" > \"$1/args\"; exec 5>&-; \
+                      cat <&4 > \"$1/err\" & cat <&3 4<&- > \"$1/out\"; wait";
+        let script: String = script.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let uri = format!("binary:///bin/sh?-c={script}&to={}&flag", text(dir.path()));
+        let stdio = Stdio { stdout: uri.clone(), stderr: uri, ..Stdio::default() };
+        let out = "x".repeat(1 << 20);
+        // More than the streams hold: it is copied while it comes.
+        let (mut guest_out, shim_out) = UnixStream::pair().unwrap();
+        let (mut guest_err, shim_err) = UnixStream::pair().unwrap();
+        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
+        let streams = Streams { stdin: None, stdout: Some(shim_out), stderr: Some(shim_err) };
+        let mut copying = Copying::start(fifos, streams, false).unwrap();
+        let bytes = out.clone();
+        let guest = std::thread::spawn(move || {
+            guest_err.write_all(b"err").unwrap();
+            guest_out.write_all(bytes.as_bytes()).unwrap();
+        });
+        assert!(copying.drain(Duration::from_secs(20), Duration::from_secs(20)).await);
+        guest.join().unwrap();
+        let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(read("out") == out && read("err") == "err", "the program has ended, with all of it");
+        assert_eq!(read("args").trim_end(), format!("test/web {} flag", text(dir.path())));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_used_is_refused_by_name() {
+        let open = async |stdout: &str, stderr: &str| {
+            let stdio = Stdio { stdout: stdout.into(), stderr: stderr.into(), ..Stdio::default() };
+            crate::error::chain(&Fifos::open(&stdio, OWNER).await.unwrap_err())
         };
-        assert!(open("binary:///usr/bin/logger?x=y").contains("only a fifo's path is supported"));
-        assert!(open("/dev/null").contains("stdout \"/dev/null\" is not a fifo"));
-        assert!(open("/nonexistent/fifo").starts_with("opening stdout"));
+        assert!(open("ttrpc+unix:///run/x", "").await.contains("supported are a fifo's path"));
+        assert!(open("/dev/null", "").await.contains("stdout \"/dev/null\" is not a fifo"));
+        assert!(open("/nonexistent/fifo", "").await.starts_with("opening stdout"));
+        assert!(open("file://relative", "").await.contains("supported are"));
+        assert!(open("file:///proc/no/such", "").await.starts_with("opening stdout \"/proc/no/such\""));
+        assert!(open("binary:///a", "binary:///b").await.contains("one logger takes both"));
+        let text = open("binary:///no/such?a=b", "").await;
+        assert!(text.contains("starting \"/no/such\": No such file"), "{text}");
+        let stdin = Stdio { stdin: "file:///etc/passwd".into(), ..Stdio::default() };
+        assert!(matches!(Fifos::open(&stdin, OWNER).await, Err(IoError::Scheme { stream: "stdin", .. })));
     }
 }

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use crate::container::io::{Copying, Stdio};
 
 pub mod io;
+pub mod logger;
 pub mod rootfs;
 pub mod spec;
 

@@ -17,6 +17,7 @@ use vmm_api::{FdIndex, FsCache, Op};
 
 use crate::args;
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
+use crate::container::logger::Owner;
 use crate::container::{Container, Phase, Process, rootfs, spec};
 use crate::error::TaskError;
 use crate::events::Event;
@@ -97,7 +98,7 @@ impl Sandbox {
         let bundle = Path::new(&request.bundle);
         // What can be wrong on this side comes first, before the guest is asked for anything.
         let stdio = stdio_of_create(request);
-        let fifos = Fifos::open(&stdio)?;
+        let fifos = Fifos::open(&stdio, Owner { namespace: &self.namespace, id }).await?;
         self.note_fifos(&stdio);
         let config_path = bundle.join("config.json");
         let config = std::fs::read(&config_path)
@@ -232,7 +233,8 @@ impl Sandbox {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let fifos = Fifos::open(&stdio)?;
+        let owner = Owner { namespace: &self.namespace, id: &request.exec_id };
+        let fifos = Fifos::open(&stdio, owner).await?;
         self.note_fifos(&stdio);
         let made = self.make_exec(&container, &request, &spec.value, &stdio, fifos).await;
         if made.is_err() {

@@ -45,6 +45,7 @@ pub struct Sandbox {
     pub events: Arc<Publisher>,
     /// When what happened.
     pub timeline: Timeline,
+    namespace: String,
     state_dir: PathBuf,
     state: Mutex<State>,
     vm: watch::Sender<Progress>,
@@ -98,6 +99,7 @@ impl Sandbox {
             config,
             events,
             timeline,
+            namespace: namespace.to_owned(),
             state_dir: state_dir.to_owned(),
             state: Mutex::new(state),
             vm: watch::Sender::new(Progress::Booting),

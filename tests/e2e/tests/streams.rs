@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 use std::sync::LazyLock;
 use std::thread::sleep;
@@ -80,5 +81,39 @@ fn a_gibibyte_goes_through_stdout_and_waits_for_a_slow_reader() -> Result<()> {
     assert_eq!(ctr.wait()?.code(), Some(0), "{stderr}");
     let sum = e2e::run_with_input(&mut std::process::Command::new("sha256sum"), first)?.ok()?;
     assert_eq!(stderr.trim(), sum);
+    Ok(())
+}
+
+#[test]
+fn output_of_a_container_goes_to_a_file_or_a_logger() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let log = folder.path().join("logs/both");
+    let uri = format!("file://{}", log.display());
+    for n in 1..=2 {
+        let script = format!("echo out-{n}; exit {n}");
+        let options = ["--rm", "--log-uri", &uri];
+        let finished = CONTAINERD.run(&options, &format!("to-file-{n}"), &["sh", "-c", &script])?;
+        assert_eq!((finished.code, finished.text().as_str()), (n, ""), "{}", finished.errors());
+    }
+    assert_eq!(fs::read_to_string(&log)?, "out-1\nout-2\n");
+
+    let logger = folder.path().join("logger");
+    let script = "#!/bin/sh\n\
+                  echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $*\" > \"$2/args\"\n\
+                  exec 5>&-\n\
+                  cat <&4 > \"$2/err\" &\n\
+                  cat <&3 4<&- > \"$2/out\"\n\
+                  wait\n";
+    fs::write(&logger, script)?;
+    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755))?;
+    let uri = format!("binary://{}?to={}", logger.display(), folder.path().display());
+    let script = "seq 1 100000; echo to-stderr >&2; exit 7";
+    let finished = CONTAINERD.run(&["--rm", "--log-uri", &uri], "to-logger", &["sh", "-c", script])?;
+    assert_eq!(finished.code, 7, "{}", finished.errors());
+    let read = |name: &str| fs::read_to_string(folder.path().join(name));
+    assert_eq!(read("args")?.trim_end(), format!("test/to-logger to {}", folder.path().display()));
+    let expected: Vec<String> = (1..=100_000).map(|n| n.to_string()).collect();
+    assert!(read("out")?.lines().eq(expected.iter()), "it has ended, with all of it");
+    assert_eq!(read("err")?, "to-stderr\n");
     Ok(())
 }
