@@ -21,6 +21,7 @@ mod host;
 mod launch;
 mod log_stream;
 mod mounts;
+mod network;
 mod payload;
 mod process;
 mod reaper;

@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use crate::boot::Timeline;
 use crate::launch::chain;
 use crate::tasks::Tasks;
-use crate::{log_stream, mounts, sys};
+use crate::{log_stream, mounts, network, sys};
 
 /// How long the answer to Shutdown may take on its way before the machine goes.
 const FAREWELL: Duration = Duration::from_millis(50);
@@ -35,6 +35,7 @@ pub struct GuestSandbox {
     /// Told when the machine shall go.
     pub farewell: Arc<Notify>,
     kernel_log: AtomicBool,
+    network: AtomicBool,
 }
 
 /// What Setup could not do.
@@ -48,15 +49,23 @@ enum SetupError {
     Entropy(#[source] io::Error),
     #[error(transparent)]
     Share(#[from] mounts::MountError),
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
 }
 
 impl GuestSandbox {
     /// A guest that has just started.
     pub fn new(timeline: Timeline, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
-        Self { timeline, tasks, farewell, kernel_log: AtomicBool::new(false) }
+        Self {
+            timeline,
+            tasks,
+            farewell,
+            kernel_log: AtomicBool::new(false),
+            network: AtomicBool::new(false),
+        }
     }
 
-    fn apply(request: &SetupRequest) -> Result<(), SetupError> {
+    fn apply(&self, request: &SetupRequest) -> Result<(), SetupError> {
         if !request.entropy.is_empty() {
             std::fs::File::open("/dev/random")
                 .and_then(|random| sys::add_entropy(std::os::fd::AsFd::as_fd(&random), &request.entropy))
@@ -76,6 +85,10 @@ impl GuestSandbox {
         if !request.share_tag.is_empty() && !is_mount_point(Path::new(agent_api::SHARE_PATH)) {
             mounts::make(&request.share_tag, Path::new(agent_api::SHARE_PATH), "virtiofs", &[])?;
         }
+        // Once: devices that are up cannot be renamed.
+        if !self.network.swap(true, Ordering::Relaxed) {
+            network::apply(&request.network)?;
+        }
         Ok(())
     }
 }
@@ -83,7 +96,7 @@ impl GuestSandbox {
 #[async_trait]
 impl Sandbox for GuestSandbox {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
-        Self::apply(&request)
+        self.apply(&request)
             .map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, chain(&error))))?;
         // Not earlier: at boot there is nothing in it that is worth the time.
         if !self.kernel_log.swap(true, Ordering::Relaxed) {

@@ -145,6 +145,7 @@ mod tests {
             vmm: ProcessId::of(vmm.id()),
             socket: socket.clone(),
             cgroup: None,
+            network: None,
             fifos: vec![fifo.clone(), ordinary.clone()],
         };
         state.write(&dir).unwrap();

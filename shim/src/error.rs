@@ -11,6 +11,7 @@ use crate::container::logger::LoggerError;
 use crate::container::rootfs::RootfsError;
 use crate::container::spec::SpecError;
 use crate::sandbox::boot::{BootCause, BootError};
+use crate::sandbox::net::NetError;
 use crate::vmm::VmmError;
 
 /// Why a request was not carried out.
@@ -144,6 +145,8 @@ fn os(error: &std::io::Error) -> Code {
 fn boot(cause: &BootCause) -> Code {
     match cause {
         BootCause::File { .. } => Code::FAILED_PRECONDITION,
+        BootCause::Network(NetError::Tap { .. } | NetError::Netlink { .. }) => Code::INTERNAL,
+        BootCause::Network(_) => Code::FAILED_PRECONDITION,
         BootCause::Vmm(error) => vmm(error),
         BootCause::Agent(error) => agent(error),
         BootCause::Deadline(_) => Code::DEADLINE_EXCEEDED,

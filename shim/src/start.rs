@@ -88,7 +88,7 @@ fn try_launch(
     let named = config_file(asked, state_dir)?;
     // Read here too: what is wrong with it is then the answer to the operator's command.
     Config::load(named.as_deref())?.apply_annotations(&overview.annotations)?;
-    let state = State { shim: None, vmm: None, socket: socket.to_owned(), cgroup: None, fifos: vec![] };
+    let state = State { socket: socket.to_owned(), ..State::default() };
     state.write(state_dir).with_context(|| state_dir.display().to_string())?;
     let listener = bind(socket)?;
 

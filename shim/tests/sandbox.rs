@@ -364,6 +364,33 @@ async fn a_boot_that_fails_says_at_which_stage_and_why() {
 }
 
 #[tokio::test]
+async fn a_network_that_a_vm_cannot_have_is_refused_with_the_reason() {
+    if !is_root() {
+        return;
+    }
+    for (id, from, to, word) in [
+        ("host", r#"{"type":"network"}"#, "", "the host's network is asked for"),
+        (
+            "gone",
+            r#"{"type":"network"}"#,
+            r#"{"type":"network","path":"/nonexistent/netns"}"#,
+            "network namespace /nonexistent/netns: No such file",
+        ),
+    ] {
+        let daemon = Daemon::new("").await;
+        daemon.make_bundle(id, &["sleep"], None);
+        let config = daemon.bundle(id).join("config.json");
+        let text = fs::read_to_string(&config).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(&config, text.replace(from, to)).unwrap();
+        let task = daemon.connect(id).await;
+        let (status, text) = code(task.create(ctx(), &create_request(&daemon, id)).await.unwrap_err());
+        assert_eq!(status, Code::FAILED_PRECONDITION);
+        assert!(text.contains("connecting the pod's network") && text.contains(word), "{text}");
+    }
+}
+
+#[tokio::test]
 async fn a_guest_file_that_is_missing_is_named() {
     if !is_root() {
         return;

@@ -220,11 +220,11 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
         },
         kernel: KernelConfig { image, initrd, cmdline: cmdline(options), pvh: true },
         disks,
-        nets: vec![],
         // Our own image dials these; the connections are held, and another image does not notice.
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         rng: true,
         fs: None,
+        nets: vec![],
         console,
         serial,
     })

@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | `root.path` | the container's directory in the share | the guest has its own tree |
 //! | `mounts` of kind bind | a share of their own; `/dev/shm` a tmpfs | host paths mean nothing in the guest |
-//! | `linux.namespaces` with a `path`, and `network` | removed: the guest's own is used | the VM is the pod |
+//! | `linux.namespaces` with a `path`, and `network` | removed: the guest's own is used | the VM is the pod, and has the interfaces of its network namespace |
 //! | a `pid` namespace with a `path` | refused | the guest's own would show the agent |
 //! | `linux.cgroupsPath` | `/ctvm/<id>` | the guest's tree is flat |
 //! | `linux.devices` beyond the guest's | removed | host numbers |
@@ -114,6 +114,19 @@ pub struct OverviewRoot {
 pub struct OverviewLinux {
     /// The control group on the host.
     pub cgroups_path: String,
+    /// Namespaces of its own, or of others.
+    pub namespaces: Vec<OverviewNamespace>,
+}
+
+/// One of `linux.namespaces`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewNamespace {
+    /// Which kind.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Whose; empty for a new one.
+    pub path: PathBuf,
 }
 
 /// `process`.
@@ -131,6 +144,12 @@ impl Overview {
     /// [`SpecError::Json`].
     pub fn parse(config: &[u8]) -> Result<Self, SpecError> {
         serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))
+    }
+
+    /// The network namespace of the pod: none for the host's own, an empty path for a new one.
+    pub fn network(&self) -> Option<&Path> {
+        let mut namespaces = self.linux.namespaces.iter();
+        namespaces.find(|namespace| namespace.kind == "network").map(|namespace| namespace.path.as_path())
     }
 
     /// The pod that the container belongs to, when it is not its own.

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
-use agent_api::sandbox::{SetupRequest, SetupResponse};
+use agent_api::sandbox::{NetworkStep, SetupRequest, SetupResponse};
 use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, SHARE_TAG, STREAM_PORT};
 use tokio::sync::oneshot;
 use vmm_api::{
-    ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig, Op,
-    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+    ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig,
+    NetConfig, Op, PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
 };
 
 use crate::agent::{Agent, AgentError};
@@ -23,6 +23,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::sandbox::console::Console;
 use crate::sandbox::guest_log;
+use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::streams::Streams;
 use crate::sandbox::timeline::Timeline;
 use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
@@ -31,6 +32,9 @@ use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
 /// when the kernel panics.
 pub const CMDLINE: &str =
     "console=hvc0 quiet root=/dev/vda ro rootfstype=erofs init=/sbin/init reboot=k panic=-1";
+
+/// Descriptors of the VM's configuration: kernel, image, console, and from here on taps.
+const FIRST_TAP: u8 = 3;
 
 /// Bytes of entropy the guest starts with.
 const ENTROPY: usize = 64;
@@ -62,6 +66,8 @@ pub struct Vm {
 /// Where a boot can fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
+    /// Connecting the pod's interfaces.
+    Network,
     /// Opening kernel and image.
     Files,
     /// Starting the VMM.
@@ -79,6 +85,7 @@ pub enum Stage {
 impl std::fmt::Display for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Stage::Network => "connecting the pod's network",
             Stage::Files => "opening the guest's files",
             Stage::Spawn => "starting the VMM",
             Stage::Configure => "configuring the VM",
@@ -106,9 +113,19 @@ fn said(last_words: &str) -> String {
     if last_words.is_empty() { String::new() } else { format!(" (guest's console: {last_words:?})") }
 }
 
+impl BootError {
+    /// One from before there was a VM.
+    pub fn early(stage: Stage, cause: impl Into<BootCause>) -> Self {
+        BootError { stage, last_words: String::new(), cause: cause.into() }
+    }
+}
+
 /// Why a VM did not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum BootCause {
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] NetError),
     /// A file of the guest cannot be opened.
     #[error("{what} {path}")]
     File {
@@ -146,6 +163,7 @@ pub enum BootCause {
 /// See [`BootError`]; no VMM is left running then.
 pub async fn boot(
     plan: &Plan,
+    network: Network,
     slot: &mut ControlSlot,
     timeline: &Timeline,
     spawned: impl FnOnce(u32),
@@ -171,8 +189,9 @@ pub async fn boot(
 
     // From here on there is a process to stop when something fails.
     let streams = Streams::new();
-    let fds = [kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
-    match come_up(plan, &vmm, events, &streams, &fds, timeline).await {
+    let mut fds = vec![kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
+    fds.extend(network.devices.iter().map(|device| device.tap.as_fd()));
+    match come_up(plan, &network, &vmm, events, &streams, &fds, timeline).await {
         Ok(agent) => Ok(Vm { vmm, agent, streams, console }),
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
@@ -184,10 +203,11 @@ pub async fn boot(
 
 async fn come_up(
     plan: &Plan,
+    network: &Network,
     vmm: &Vmm,
     events: Events,
     streams: &Arc<Streams>,
-    fds: &[BorrowedFd<'_>; 3],
+    fds: &[BorrowedFd<'_>],
     timeline: &Timeline,
 ) -> Result<Agent, (Stage, BootCause)> {
     let config = &plan.config;
@@ -195,7 +215,7 @@ async fn come_up(
     let (agent_tx, agent) = oneshot::channel();
     tokio::spawn(dispatch(events, streams.clone(), agent_tx));
 
-    let configure = Op::Configure(Box::new(vm_config(plan)));
+    let configure = Op::Configure(Box::new(vm_config(plan, network)));
     vmm.call(configure, fds, limit).await.map_err(|e| (Stage::Configure, e.into()))?;
     let (reply, _) = vmm.call(Op::Boot, &[], limit).await.map_err(|e| (Stage::Boot, e.into()))?;
     let Reply::Booted { timeline: stages } = reply else {
@@ -220,7 +240,7 @@ async fn come_up(
     timeline.reached_at("agent ready", ready_us);
 
     let agent = Agent::new(connection, config.timeouts.agent()).map_err(|e| (Stage::Setup, e.into()))?;
-    let setup = setup_request(&plan.hostname)
+    let setup = setup_request(&plan.hostname, &network.steps)
         .map_err(|source| (Stage::Setup, BootCause::Os { what: "reading entropy for the guest", source }))?;
     let response = agent.setup(&setup).await.map_err(|e| (Stage::Setup, e.into()))?;
     timeline.reached_at("kernel", init_started(&response, ready_us));
@@ -270,7 +290,7 @@ async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sen
     }
 }
 
-fn vm_config(plan: &Plan) -> VmConfig {
+fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
     let config = &plan.config;
     let cmdline = match config.cmdline.trim() {
         "" => CMDLINE.to_owned(),
@@ -291,24 +311,29 @@ fn vm_config(plan: &Plan) -> VmConfig {
         },
         kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true },
         disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 }],
-        nets: vec![],
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         // The guest's generator is ready before its first driver where the processor feeds it, and the agent's
         // set-up seeds it from the host's: the device would be 56 exits and two kernel threads for nothing.
         rng: !std::arch::is_x86_feature_detected!("rdrand"),
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
+        nets: network.devices.iter().zip(FIRST_TAP..).map(|(device, fd)| net_config(device, fd)).collect(),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
         serial: None,
     }
 }
 
-fn setup_request(hostname: &str) -> std::io::Result<SetupRequest> {
+fn net_config(device: &Device, fd: u8) -> NetConfig {
+    NetConfig { taps: vec![FdIndex(fd)], mac: device.mac, mtu: device.mtu }
+}
+
+fn setup_request(hostname: &str, network: &[NetworkStep]) -> std::io::Result<SetupRequest> {
     let mut request = SetupRequest::new();
     request.hostname = hostname.to_owned();
     request.entropy = vec![0; ENTROPY];
     File::open("/dev/urandom")?.read_exact(&mut request.entropy)?;
     request.share_tag = SHARE_TAG.to_owned();
     request.realtime_ns = clock::realtime_ns();
+    request.network = network.to_vec();
     Ok(request)
 }
 
@@ -328,7 +353,7 @@ mod tests {
     fn the_vm_is_as_configured() {
         let config = Config { vcpus: 2, hugepages: true, cmdline: " debug ".into(), ..Config::default() };
         let plan = Plan { config, name: "n".repeat(300), hostname: "h".into() };
-        let vm = vm_config(&plan);
+        let vm = vm_config(&plan, &Network::default());
         assert_eq!((vm.vcpus, vm.memory.size_mib, vm.name.len()), (2, 256, 128));
         assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);
         assert!(vm.kernel.cmdline.ends_with("panic=-1 debug"), "{}", vm.kernel.cmdline);

@@ -17,7 +17,8 @@ use crate::container::spec::Overview;
 use crate::container::{Container, Process};
 use crate::error::TaskError;
 use crate::events::Publisher;
-use crate::sandbox::boot::{BootError, Plan, Vm};
+use crate::sandbox::boot::{BootError, Plan, Stage, Vm};
+use crate::sandbox::net::{Joined, NetError, Network};
 use crate::sandbox::state_file::{ProcessId, State};
 use crate::sandbox::timeline::Timeline;
 use crate::vmm::ControlSlot;
@@ -29,6 +30,7 @@ pub mod control;
 pub mod create;
 pub mod guest_log;
 pub mod lifecycle;
+pub mod net;
 pub mod oom;
 pub mod state_file;
 pub mod streams;
@@ -85,13 +87,8 @@ impl Sandbox {
         socket: &Path,
         events: Arc<Publisher>,
     ) -> std::io::Result<Arc<Self>> {
-        let state = State {
-            shim: ProcessId::of(std::process::id()),
-            vmm: None,
-            socket: socket.to_owned(),
-            cgroup: None,
-            fifos: Vec::new(),
-        };
+        let shim = ProcessId::of(std::process::id());
+        let state = State { shim, socket: socket.to_owned(), ..State::default() };
         state.write(state_dir)?;
         let timeline = Timeline::new(state_dir, config.timeline_dir.as_deref(), namespace, id);
         Ok(Arc::new(Sandbox {
@@ -117,6 +114,10 @@ impl Sandbox {
             // Linux' HOST_NAME_MAX is 64.
             hostname: hostname.chars().take(63).collect(),
         };
+        let network = match self.connect(overview).await {
+            Ok(network) => network,
+            Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
+        };
         let group = cgroup::directory(&overview.linux.cgroups_path).filter(|_| self.config.host_cgroup);
         let spawned = |pid| {
             self.change_state(|state| {
@@ -134,17 +135,33 @@ impl Sandbox {
                 log::debug!("oom_score_adj {score} of the VMM: {e}");
             }
         };
-        match boot::boot(&plan, slot, &self.timeline, spawned).await {
+        match boot::boot(&plan, network, slot, &self.timeline, spawned).await {
             Ok(vm) => {
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
                 tokio::spawn(self.clone().watch_vm(vm));
             }
-            Err(e) => {
-                log::error!("{}", crate::error::chain(&e));
-                self.vm.send_replace(Progress::Failed(Arc::new(e)));
-            }
+            Err(e) => self.boot_failed(e),
         }
+    }
+
+    fn boot_failed(&self, error: BootError) {
+        log::error!("{}", crate::error::chain(&error));
+        self.vm.send_replace(Progress::Failed(Arc::new(error)));
+    }
+
+    /// Connects the pod's interfaces with taps for the VM; what is to be undone is in the state file before it is done.
+    async fn connect(&self, overview: &Overview) -> Result<Network, NetError> {
+        let namespace = overview.network().ok_or(NetError::Host)?.to_owned();
+        if namespace.as_os_str().is_empty() {
+            return Ok(Network::default());
+        }
+        let path = namespace.clone();
+        let interfaces = aside(move || net::look(&path)).await?;
+        let names = interfaces.iter().map(|interface| interface.name.clone()).collect();
+        let joined = Joined { namespace: namespace.clone(), interfaces: names };
+        self.change_state(|state| state.network = Some(joined));
+        aside(move || net::join(&namespace, &interfaces)).await
     }
 
     /// Waits for the VM to be up.
@@ -298,7 +315,12 @@ impl Sandbox {
     }
 }
 
-/// Removes the files of a sandbox whose processes have ended: socket, control group, state directory.
+/// Does what blocks for a while on a thread of its own.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("work on the network does not panic")
+}
+
+/// Removes what is left of a sandbox whose processes have ended: socket, control group, redirections, state directory.
 ///
 /// # Errors
 /// The first that failed; the others are tried all the same.
@@ -308,6 +330,7 @@ pub fn remove_leftovers(state: &State, state_dir: &Path) -> std::io::Result<()> 
         _ => Ok(()),
     };
     let group = state.cgroup.as_deref().map_or(Ok(()), cgroup::remove);
+    let network = state.network.as_ref().map_or(Ok(()), net::leave).map_err(std::io::Error::other);
     let dir = state_file::remove_dir(state_dir);
-    socket.and(group).and(dir)
+    socket.and(group).and(network).and(dir)
 }

@@ -10,6 +10,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::Timespec;
 use serde::{Deserialize, Serialize};
 
+use super::net::Joined;
+
 /// Name of the file in a sandbox's state directory.
 pub const STATE_FILE: &str = "state.json";
 
@@ -23,7 +25,7 @@ pub struct ProcessId {
 }
 
 /// Everything on the host that belongs to a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// The serving shim; none until it has begun.
     #[serde(default)]
@@ -36,6 +38,9 @@ pub struct State {
     /// A control group made for the VMM.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
+    /// Interfaces whose traffic goes to the VM.
+    #[serde(default)]
+    pub network: Option<Joined>,
     /// Fifos of its processes. Their clients made them and remove them with the task; when the shim was killed,
     /// containerd forgets the task by itself and no client comes.
     #[serde(default)]
@@ -187,6 +192,7 @@ mod tests {
             vmm: None,
             socket: "/run/s".into(),
             cgroup: None,
+            network: None,
             fifos: vec![],
         };
         state.write(&dir).unwrap();

@@ -95,6 +95,7 @@ impl Daemon {
             "process": { "args": args, "cwd": "/" },
             "root": { "path": "rootfs" },
             "annotations": annotations,
+            "linux": { "namespaces": [{ "type": "network" }] },
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let mode = rustix::fs::Mode::from_raw_mode(0o700);

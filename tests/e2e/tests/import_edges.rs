@@ -62,8 +62,12 @@ const MAY: &[(&str, &[&str])] = &[
             "toml",
             "sha2",
             "command-fds",
+            "tap",
+            "rtnetlink",
+            "futures-util",
         ],
     ),
+    ("tap", &[]),
 ];
 
 /// Plain libraries that carry no design with them.
