@@ -55,7 +55,7 @@ pub fn findings() -> Vec<Finding> {
     all.push(guest_file("kernel", &config.kernel, kernel_kind, "cargo xtask kernel"));
     all.push(guest_file("image", &config.image, image_kind, "cargo xtask rootfs"));
     all.extend([shim_binary(), containerd(), cri_registration(), user(), mounts()]);
-    all.extend([overlay(), control_groups(), memory(&config), huge_pages(&config)]);
+    all.extend([overlay(), taps(), control_groups(), memory(&config), huge_pages(&config)]);
     all
 }
 
@@ -253,6 +253,17 @@ fn overlay() -> Finding {
         good("overlay", "known to the kernel")
     } else {
         poor("overlay", "not loaded", "modprobe overlay; containerd's default snapshotter needs it")
+    }
+}
+
+fn taps() -> Finding {
+    match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => good("taps", "/dev/net/tun opens"),
+        Err(e) => poor(
+            "taps",
+            format!("/dev/net/tun: {e}: a pod with network interfaces will not start"),
+            "modprobe tun; the kernel's sch_ingress, cls_u32 and act_mirred are wanted, too",
+        ),
     }
 }
 
