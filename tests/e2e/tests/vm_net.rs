@@ -8,7 +8,6 @@ use std::process::Command;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
-use e2e::tap::attach;
 use e2e::vm::{Guest, GuestSpec, ScriptOutput};
 use e2e::{Tap, run, run_with_input};
 use vmm_api::{ClientError, ExitReason, MemoryConfig, Op, Stats};
@@ -309,10 +308,10 @@ fn what_is_no_tap_is_refused_by_name() -> Result<()> {
     let said = refused(vec![null()?])?;
     assert!(said.contains("make net0") && said.contains("descriptor 0 is no tap"), "{said}");
     run(Command::new("modprobe").arg("tun"))?.ok()?;
-    let said = refused(vec![attach("ctvm-e2e6", libc::IFF_TAP | libc::IFF_NO_PI)?])?;
+    let said = refused(vec![tap::attach("ctvm-e2e6", libc::IFF_TAP | libc::IFF_NO_PI)?])?;
     assert!(said.contains("tap ctvm-e2e6 is attached without IFF_VNET_HDR"), "{said}");
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
-    let said = refused(vec![attach("ctvm-e2e6", flags)?, attach("ctvm-e2e7", flags)?])?;
+    let said = refused(vec![tap::attach("ctvm-e2e6", flags)?, tap::attach("ctvm-e2e7", flags)?])?;
     assert!(said.contains("descriptor 1 is a queue of tap ctvm-e2e7, the first one of ctvm-e2e6"), "{said}");
     Ok(())
 }
