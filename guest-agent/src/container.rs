@@ -24,7 +24,7 @@ use crate::payload::Payload;
 use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
-use crate::{spec, sys};
+use crate::{pod, spec, sys};
 
 mod control;
 
@@ -99,8 +99,13 @@ enum Ends {
 }
 
 impl Container {
-    /// Makes the container up to the point where its program could start.
-    pub async fn create(guest: &Guest, request: &CreateTaskRequest) -> Result<Self, TaskError> {
+    /// Makes the container up to the point where its program could start. `pid_of` tells the number of another
+    /// container's first process.
+    pub async fn create(
+        guest: &Guest,
+        request: &CreateTaskRequest,
+        pid_of: impl Fn(&str) -> Result<u32, TaskError>,
+    ) -> Result<Self, TaskError> {
         let id = &request.id;
         let names = Names {
             stdin: request.stdin.clone(),
@@ -108,7 +113,9 @@ impl Container {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let config = spec::container(request.options.as_ref(), id, names.terminal)?;
+        let mut config = spec::container(request.options.as_ref(), id, names.terminal)?;
+        pod::join(&mut config.spec, pid_of)?;
+        pod::share_memory(&mut config.spec)?;
         let root = config.spec.root().as_ref().expect("checked by `spec::container`").path().clone();
         let wiring = Wiring::dial(&guest.host, &names).await?;
         let files = Files {

@@ -29,6 +29,11 @@ pub enum TaskError {
     /// Linux has no such signal.
     #[error("no signal has number {0}")]
     Signal(u32),
+    /// Only process numbers can be shared with one container alone.
+    #[error(
+        "cannot join the {kind} namespace of container {container:?}: only its pid namespace can be joined"
+    )]
+    Join { kind: String, container: String },
     /// The configuration cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -64,9 +69,11 @@ impl TaskError {
             Self::NoContainer(_) | Self::NoExec { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
-            Self::Signal(_) | Self::Spec(_) | Self::Mount(_) | Self::Stdio(StdioError::Name(_)) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Signal(_)
+            | Self::Join { .. }
+            | Self::Spec(_)
+            | Self::Mount(_)
+            | Self::Stdio(StdioError::Name(_)) => Code::INVALID_ARGUMENT,
             Self::Resources(error) => match error {
                 ResourcesError::Value { .. } => Code::INVALID_ARGUMENT,
                 ResourcesError::NoFile { .. } | ResourcesError::Unsupported(_) => Code::FAILED_PRECONDITION,

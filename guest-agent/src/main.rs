@@ -23,6 +23,7 @@ mod log_stream;
 mod mounts;
 mod network;
 mod payload;
+mod pod;
 mod process;
 mod reaper;
 mod resources;

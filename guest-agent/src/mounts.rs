@@ -48,6 +48,13 @@ pub fn make_all(mounts: &[Mount], root: &Path) -> Result<Mounted, MountError> {
     Ok(made)
 }
 
+/// Whether something is mounted at `path`.
+pub fn is_mount_point(path: &Path) -> bool {
+    let wanted = path.to_string_lossy();
+    std::fs::read_to_string("/proc/self/mounts")
+        .is_ok_and(|mounts| mounts.lines().any(|line| line.split(' ').nth(1) == Some(&*wanted)))
+}
+
 /// Mounts with options as fstab(5) has them, making the mount point if needed. Without `kind`, a bind mount.
 pub fn make(source: &str, target: &Path, kind: &str, options: &[String]) -> Result<(), MountError> {
     let (flags, data) = parse(options);

@@ -82,7 +82,7 @@ impl GuestSandbox {
                 source: errno.into(),
             })?;
         }
-        if !request.share_tag.is_empty() && !is_mount_point(Path::new(agent_api::SHARE_PATH)) {
+        if !request.share_tag.is_empty() && !mounts::is_mount_point(Path::new(agent_api::SHARE_PATH)) {
             mounts::make(&request.share_tag, Path::new(agent_api::SHARE_PATH), "virtiofs", &[])?;
         }
         // Once: devices that are up cannot be renamed.
@@ -150,12 +150,6 @@ impl Sandbox for GuestSandbox {
 fn kernel_release() -> String {
     nix::sys::utsname::uname()
         .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned())
-}
-
-fn is_mount_point(path: &Path) -> bool {
-    let wanted = path.to_string_lossy();
-    std::fs::read_to_string("/proc/self/mounts")
-        .is_ok_and(|mounts| mounts.lines().any(|line| line.split(' ').nth(1) == Some(&*wanted)))
 }
 
 /// The number in a line `<name>: <number> …` of a proc file.

@@ -55,7 +55,7 @@ impl Tasks {
             Entry::Occupied(_) => return Err(TaskError::Exists(request.id.clone())),
             Entry::Vacant(entry) => entry.insert(Slot::Creating),
         };
-        match Container::create(&self.guest, request).await {
+        match Container::create(&self.guest, request, |id| self.running_pid(id)).await {
             Ok(container) => {
                 let pid = container.init.pid();
                 self.slots().insert(request.id.clone(), Slot::There(Arc::new(container)));
@@ -65,6 +65,15 @@ impl Tasks {
                 self.slots().remove(&request.id);
                 Err(error)
             }
+        }
+    }
+
+    /// The guest's number of a running container's first process.
+    fn running_pid(&self, id: &str) -> Result<u32, TaskError> {
+        let container = self.container(id)?;
+        match container.init.phase() {
+            Phase::Created | Phase::Running => Ok(container.init.pid()),
+            Phase::Stopped(_) => Err(TaskError::State { what: "join it", state: "stopped" }),
         }
     }
 

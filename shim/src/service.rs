@@ -79,7 +79,7 @@ impl Task for TaskService {
             id: request.id,
             exec_id: request.exec_id,
             bundle: container.bundle.clone(),
-            pid: self.0.task_pid(),
+            pid: container.pid(),
             stdin: process.stdio.stdin.clone(),
             stdout: process.stdio.stdout.clone(),
             stderr: process.stdio.stderr.clone(),
@@ -153,10 +153,10 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.0.task_pid(),
+            task_pid: self.0.container(&request.id).map_or(0, |container| container.pid()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

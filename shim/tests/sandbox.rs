@@ -369,7 +369,7 @@ async fn a_network_that_a_vm_cannot_have_is_refused_with_the_reason() {
         return;
     }
     for (id, from, to, word) in [
-        ("host", r#"{"type":"network"}"#, "", "the host's network is asked for"),
+        ("host", r#",{"type":"network"}"#, "", "the host's network is asked for"),
         (
             "gone",
             r#"{"type":"network"}"#,

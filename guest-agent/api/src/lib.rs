@@ -67,6 +67,14 @@ pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 /// `type_url` of OCI's resources in `UpdateTaskRequest.resources`; the value is their JSON.
 pub const RESOURCES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
+/// Beginning of a namespace's path that names a container of the sandbox by its id, instead of a file.
+pub const CONTAINER_NAMESPACE: &str = "container:";
+
+/// `source` of a tmpfs that is the sandbox's one shared memory, of the size that its first user says.
+pub const SANDBOX_SHM: &str = "ctvm-sandbox-shm";
+/// Where the agent mounts it.
+pub const SHM_PATH: &str = "/run/ctvm/shm";
+
 /// Tag of the one virtio-fs device.
 pub const SHARE_TAG: &str = "ctvm";
 /// Where the agent mounts it. A directory the VMM shows as `NAME` is `SHARE_PATH/NAME`.

@@ -10,7 +10,7 @@
 //! event is queued, and the end waits for that turn.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -20,6 +20,7 @@ use crate::container::io::{Copying, Stdio};
 
 pub mod io;
 pub mod logger;
+pub mod overview;
 pub mod rootfs;
 pub mod spec;
 
@@ -139,6 +140,7 @@ pub struct Container {
     init: Mutex<Option<Arc<Process>>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     shares: Mutex<Vec<String>>,
+    pid: AtomicU32,
     paused: AtomicBool,
     oom_kills: AtomicU64,
 }
@@ -153,6 +155,7 @@ impl Container {
             init: Mutex::default(),
             execs: Mutex::default(),
             shares: Mutex::default(),
+            pid: AtomicU32::new(0),
             paused: AtomicBool::new(false),
             oom_kills: AtomicU64::new(0),
         })
@@ -191,6 +194,16 @@ impl Container {
         let init = self.process("");
         let execs = self.execs.lock().expect("no code panics while it holds this lock");
         init.into_iter().chain(execs.values().cloned()).collect()
+    }
+
+    /// Its process number for containerd; 0 until it is made.
+    pub fn pid(&self) -> u32 {
+        self.pid.load(Ordering::Relaxed)
+    }
+
+    /// It has this process number for containerd.
+    pub fn set_pid(&self, pid: u32) {
+        self.pid.store(pid, Ordering::Relaxed);
     }
 
     /// Whether its processes stand still, as far as the agent told. One that has ended does not, whatever this says.

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, open, statfs};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive,
     mount_change, open_tree, unmount,
@@ -273,6 +273,18 @@ fn clone_tree(path: &Path, recursive: bool) -> Result<OwnedFd, RootfsError> {
     open_tree(CWD, path, flags).map_err(errno("cloning the tree at", path))
 }
 
+fn open_directory(path: &Path) -> Result<OwnedFd, RootfsError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty()).map_err(errno("opening", path))
+}
+
+/// Size of the tmpfs that `path` is on, in bytes; none for another kind of file system.
+pub fn tmpfs_size(path: &Path) -> Option<u64> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let found = statfs(path).ok().filter(|found| found.f_type == TMPFS_MAGIC)?;
+    found.f_blocks.checked_mul(u64::try_from(found.f_bsize).ok()?)
+}
+
 /// A directory of the host for a bind mount, and the name in it when the bind is of a file.
 #[derive(Debug)]
 pub struct HostTree {
@@ -283,14 +295,18 @@ pub struct HostTree {
 }
 
 /// Makes `source` available as a directory. A single file is put into an otherwise empty directory made at `stage`,
-/// so that its neighbours stay out of the guest's sight.
+/// so that its neighbours stay out of the guest's sight. With `live`, what the host mounts below a directory later is
+/// seen as well.
 ///
 /// # Errors
 /// [`RootfsError::Os`] and [`RootfsError::Special`].
-pub fn host_tree(source: &Path, stage: &Path) -> Result<HostTree, RootfsError> {
+pub fn host_tree(source: &Path, stage: &Path, live: bool) -> Result<HostTree, RootfsError> {
     let kind = std::fs::metadata(source).map_err(os("bind mount of", source))?.file_type();
     if kind.is_dir() {
-        return Ok(HostTree { dir: clone_tree(source, true)?, file: None });
+        // Mounts do not propagate into a detached tree (before Linux 6.15), but a walk from a directory of the host's
+        // own tree crosses into them.
+        let dir = if live { open_directory(source)? } else { clone_tree(source, true)? };
+        return Ok(HostTree { dir, file: None });
     }
     for (is, name) in [
         (kind.is_socket(), "socket"),
@@ -450,7 +466,7 @@ mod tests {
             (tmp.path().join("secret"), tmp.path().join("hosts"), tmp.path().join("stage"));
         std::fs::write(&secret, "s").unwrap();
         std::fs::write(&hosts, "one").unwrap();
-        let tree = host_tree(&hosts, &stage).unwrap();
+        let tree = host_tree(&hosts, &stage, false).unwrap();
         assert_eq!(tree.file.as_deref(), Some("hosts".as_ref()));
         assert_eq!(mounts_below(tmp.path()), 0);
         assert_eq!(read_below(&tree.dir, "hosts").unwrap(), "one");
@@ -471,14 +487,14 @@ mod tests {
         }
         let tmp = tempfile::tempdir().unwrap();
         std::fs::write(tmp.path().join("x"), "y").unwrap();
-        let tree = host_tree(tmp.path(), Path::new("/unused")).unwrap();
+        let tree = host_tree(tmp.path(), Path::new("/unused"), false).unwrap();
         assert_eq!((tree.file, read_below(&tree.dir, "x").unwrap().as_str()), (None, "y"));
         let _listener = std::os::unix::net::UnixListener::bind(tmp.path().join("s")).unwrap();
-        let e = host_tree(&tmp.path().join("s"), Path::new("/unused")).unwrap_err();
+        let e = host_tree(&tmp.path().join("s"), Path::new("/unused"), false).unwrap_err();
         assert!(e.to_string().contains("a socket of the host"), "{e}");
-        let e = host_tree("/dev/null".as_ref(), Path::new("/unused")).unwrap_err();
+        let e = host_tree("/dev/null".as_ref(), Path::new("/unused"), false).unwrap_err();
         assert!(e.to_string().contains("a character device"), "{e}");
-        let e = host_tree("/nonexistent".as_ref(), Path::new("/unused")).unwrap_err();
+        let e = host_tree("/nonexistent".as_ref(), Path::new("/unused"), false).unwrap_err();
         assert!(e.to_string().contains("/nonexistent"), "{e}");
     }
 }

@@ -18,6 +18,8 @@ use vmm_api::{FdIndex, FsCache, Op};
 use crate::args;
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
+use crate::container::overview::Overview;
+use crate::container::spec::Place;
 use crate::container::{Container, Phase, Process, rootfs, spec};
 use crate::error::TaskError;
 use crate::events::Event;
@@ -28,6 +30,9 @@ use crate::sandbox::streams::Expected;
 /// How long the guest has to dial a stream after it said that a process is made. It dials first, so this is for
 /// the news to overtake nothing.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Size of `/dev/shm` where the host does not say, in bytes: that of containerd and of Docker.
+const SHM_SIZE: u64 = 64 << 20;
 
 /// How the guest sees a host directory.
 #[derive(Debug, Clone, Copy)]
@@ -73,7 +78,7 @@ impl Sandbox {
             return Err(e);
         }
         drop(turn);
-        Ok(self.task_pid())
+        Ok(container.pid())
     }
 
     async fn create_again(
@@ -86,7 +91,7 @@ impl Sandbox {
             && existing.process("").is_some_and(|init| {
                 init.stdio == stdio_of_create(request) && !matches!(init.phase(), Phase::Stopped(_))
             });
-        if same { Ok(self.task_pid()) } else { Err(TaskError::Exists(request.id.clone())) }
+        if same { Ok(existing.pid()) } else { Err(TaskError::Exists(request.id.clone())) }
     }
 
     async fn make(
@@ -103,17 +108,23 @@ impl Sandbox {
         let config_path = bundle.join("config.json");
         let config = std::fs::read(&config_path)
             .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
-        let mut guest = spec::for_guest(&config, id, SHARE_PATH, &format!("{SHARE_PATH}/{id}"))?;
+        let overview = Overview::parse(&config)?;
+        let place = Place { id, share_path: SHARE_PATH, container_of: &|pid| self.container_with_pid(pid) };
+        let mut guest = spec::for_guest(&config, overview.role(), place)?;
+        if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(SHM_SIZE)) {
+            guest.set_shm_size(size);
+        }
         for warning in &guest.warnings {
             log::warn!("container {id}: {warning}");
         }
         let layers = rootfs::parse(&request.rootfs)?;
 
         let vm = self.vm().await?;
-        let (root, options) = self.root(bundle, &layers, &config)?;
+        container.set_pid(self.free_pid(&vm));
+        let (root, options) = root(bundle, &layers, &overview)?;
         self.share(&vm, container, id, root, options).await?;
         for (index, bind) in guest.binds.clone().into_iter().enumerate() {
-            let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share))?;
+            let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share), bind.live)?;
             if let Some(file) = &tree.file {
                 let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
                 guest.set_bind_source(index, &in_guest);
@@ -139,7 +150,7 @@ impl Sandbox {
         event.container_id.clone_from(id);
         event.bundle.clone_from(&request.bundle);
         event.rootfs.clone_from(&request.rootfs);
-        event.pid = self.task_pid();
+        event.pid = container.pid();
         event.io = MessageField::some(TaskIO {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -150,26 +161,6 @@ impl Sandbox {
         self.events.publish(&Event::Create(event));
         self.watch_process(vm, container.clone(), process);
         Ok(())
-    }
-
-    /// The container's root directory, and how the guest sees it.
-    fn root(
-        &self,
-        bundle: &Path,
-        layers: &[rootfs::Layer],
-        config: &[u8],
-    ) -> Result<(OwnedFd, ShareOptions), TaskError> {
-        if layers.is_empty() {
-            // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
-            let path = bundle.join(spec::Overview::parse(config)?.root.path);
-            let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
-            let options = ShareOptions { read_only: false, cache: FsCache::Shared };
-            return Ok((rootfs::assemble(&[layer], bundle)?, options));
-        }
-        let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
-        // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
-        let read_only = layers.iter().any(rootfs::Layer::read_only);
-        Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive }))
     }
 
     /// Shows a directory to the guest.
@@ -272,6 +263,25 @@ impl Sandbox {
         self.watch_process(vm, container.clone(), process);
         Ok(())
     }
+}
+
+/// The container's root directory, and how the guest sees it.
+fn root(
+    bundle: &Path,
+    layers: &[rootfs::Layer],
+    overview: &Overview,
+) -> Result<(OwnedFd, ShareOptions), TaskError> {
+    if layers.is_empty() {
+        // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
+        let path = bundle.join(&overview.root.path);
+        let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
+        let options = ShareOptions { read_only: false, cache: FsCache::Shared };
+        return Ok((rootfs::assemble(&[layer], bundle)?, options));
+    }
+    let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
+    // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
+    let read_only = layers.iter().any(rootfs::Layer::read_only);
+    Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive }))
 }
 
 /// The streams of a process under the names that the agent is told.

@@ -41,7 +41,7 @@ impl Sandbox {
         let vm = self.running_vm().ok_or(TaskError::Finished)?;
         vm.agent.start(id, exec_id).await.map_err(|e| self.explained(e))?;
         process.mark_started();
-        let pid = self.task_pid();
+        let pid = container.pid();
         let event = if exec_id.is_empty() {
             let mut event = TaskStart::new();
             event.container_id = id.to_owned();
@@ -127,7 +127,7 @@ impl Sandbox {
             let mut event = TaskExit::new();
             event.container_id.clone_from(&container.id);
             event.id = if is_init { container.id.clone() } else { process.exec_id.clone() };
-            event.pid = self.task_pid();
+            event.pid = container.pid();
             event.exit_status = exit.status;
             event.exited_at = MessageField::some(exit.at);
             self.events.publish(&Event::Exit(event));
@@ -180,7 +180,7 @@ impl Sandbox {
         container.remove_exec(exec_id);
         process.copying.lock().await.stop();
         self.forget_fifos(&process.stdio);
-        Ok((self.task_pid(), exit_of(&process)))
+        Ok((container.pid(), exit_of(&process)))
     }
 
     /// Removes a container that has ended; one that was never started is killed.
@@ -209,7 +209,7 @@ impl Sandbox {
         }
         self.unshare(&container).await;
         self.containers.lock().expect("no code panics while it holds this lock").remove(id);
-        let (pid, exit) = (self.task_pid(), exit_of(&process));
+        let (pid, exit) = (container.pid(), exit_of(&process));
         let mut event = TaskDelete::new();
         event.container_id = id.to_owned();
         event.id = id.to_owned();

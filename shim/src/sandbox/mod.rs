@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::clock;
 use crate::config::Config;
 use crate::container::io::Stdio;
-use crate::container::spec::Overview;
+use crate::container::overview::Overview;
 use crate::container::{Container, Process};
 use crate::error::TaskError;
 use crate::events::Publisher;
@@ -188,12 +188,29 @@ impl Sandbox {
         }
     }
 
-    /// What containerd takes for the task's process: the VMM's number, which names a process of this host. A number
-    /// of the guest's would name some other process here, or none.
-    pub fn task_pid(&self) -> u32 {
-        match &*self.vm.borrow() {
-            Progress::Up(vm) => vm.vmm.pid(),
-            _ => 0,
+    /// What containerd takes for a task's process: a number that names a thread of the VMM here, as one of the guest's
+    /// would name some other process, or none. A thread each, the first for the first container, for a container that
+    /// joins another's process numbers names it by this one alone; when there are more containers than threads, the
+    /// rest share the first.
+    fn free_pid(&self, vm: &Vm) -> u32 {
+        let vmm = vm.vmm.pid();
+        let taken: Vec<u32> = self.containers().iter().map(|container| container.pid()).collect();
+        let mut threads: Vec<u32> = std::fs::read_dir(format!("/proc/{vmm}/task"))
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .collect();
+        threads.sort_unstable();
+        threads.into_iter().find(|thread| !taken.contains(thread)).unwrap_or(vmm)
+    }
+
+    /// The one container that has this process number on the host.
+    fn container_with_pid(&self, pid: u32) -> Option<String> {
+        let containers = self.containers();
+        let mut having = containers.iter().filter(|container| container.pid() == pid);
+        match (having.next(), having.next()) {
+            (Some(container), None) => Some(container.id.clone()),
+            _ => None,
         }
     }
 

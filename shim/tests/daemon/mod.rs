@@ -95,7 +95,7 @@ impl Daemon {
             "process": { "args": args, "cwd": "/" },
             "root": { "path": "rootfs" },
             "annotations": annotations,
-            "linux": { "namespaces": [{ "type": "network" }] },
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "ipc" }, { "type": "network" }] },
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let mode = rustix::fs::Mode::from_raw_mode(0o700);

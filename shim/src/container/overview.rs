@@ -1,0 +1,162 @@
+//! What the shim itself reads from a container's `config.json`: whose it is, how large its pod wants to be, where it
+//! sits on the host. Everything else is for the guest ([`spec`](super::spec)).
+
+use std::path::{Path, PathBuf};
+
+use super::spec::SpecError;
+
+/// What the shim itself reads from a configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Overview {
+    /// Annotations: grouping and sizing.
+    pub annotations: std::collections::BTreeMap<String, String>,
+    /// Name of the host.
+    pub hostname: String,
+    /// Root file system.
+    pub root: OverviewRoot,
+    /// Parts for Linux.
+    pub linux: OverviewLinux,
+    /// The process.
+    pub process: OverviewProcess,
+}
+
+/// `root`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewRoot {
+    /// Absolute, or relative to the bundle.
+    pub path: PathBuf,
+}
+
+/// `linux`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct OverviewLinux {
+    /// The control group on the host.
+    pub cgroups_path: String,
+    /// Namespaces of its own, or of others.
+    pub namespaces: Vec<OverviewNamespace>,
+    /// Limits.
+    pub resources: OverviewResources,
+}
+
+/// `linux.resources`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewResources {
+    /// `memory`.
+    pub memory: OverviewMemory,
+    /// `cpu`.
+    pub cpu: OverviewCpu,
+}
+
+/// `linux.resources.memory`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewMemory {
+    /// In bytes; none, 0 and below for no limit.
+    pub limit: Option<i64>,
+}
+
+/// `linux.resources.cpu`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewCpu {
+    /// In microseconds each period; none, 0 and below for no limit.
+    pub quota: Option<i64>,
+    /// In microseconds.
+    pub period: Option<u64>,
+}
+
+/// One of `linux.namespaces`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct OverviewNamespace {
+    /// Which kind.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Whose; empty for a new one.
+    pub path: PathBuf,
+}
+
+/// `process`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct OverviewProcess {
+    /// How willing the host is to kill it.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// What a container is in its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// There is no pod: it has the VM to itself.
+    Single,
+    /// It stands for the pod: its network, IPC and host name are those of all.
+    Pod,
+    /// It is one of the pod's containers.
+    Member,
+}
+
+/// Annotations, each as containerd and as CRI-O name it.
+const SANDBOX_ID: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+const CONTAINER_TYPE: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+
+impl Overview {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// [`SpecError::Json`].
+    pub fn parse(config: &[u8]) -> Result<Self, SpecError> {
+        serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))
+    }
+
+    /// The network namespace of the pod: none for the host's own, an empty path for a new one.
+    pub fn network(&self) -> Option<&Path> {
+        let mut namespaces = self.linux.namespaces.iter();
+        namespaces.find(|namespace| namespace.kind == "network").map(|namespace| namespace.path.as_path())
+    }
+
+    /// The pod that the container belongs to, when it is not its own.
+    pub fn group(&self) -> Option<&str> {
+        self.annotation(SANDBOX_ID).filter(|id| !id.is_empty())
+    }
+
+    /// What the container is in its pod.
+    pub fn role(&self) -> Role {
+        match self.annotation(CONTAINER_TYPE) {
+            Some("sandbox") => Role::Pod,
+            Some("container") => Role::Member,
+            _ => Role::Single,
+        }
+    }
+
+    /// The value under containerd's or CRI-O's name.
+    fn annotation(&self, names: [&str; 2]) -> Option<&str> {
+        names.iter().find_map(|name| self.annotations.get(*name)).map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pod_and_the_containers_role_in_it() {
+        let parse = |text: &str| Overview::parse(text.as_bytes()).unwrap();
+        let web = parse(
+            r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod1","io.kubernetes.cri.container-type":"container"},
+                "hostname":"web","process":{"oomScoreAdj":-998},"linux":{"cgroupsPath":"/default/web"}}"#,
+        );
+        assert_eq!((web.group(), web.role()), (Some("pod1"), Role::Member));
+        assert_eq!(web.hostname, "web");
+        assert_eq!(web.process.oom_score_adj, Some(-998));
+        assert_eq!(web.linux.cgroups_path, "/default/web");
+        let crio = parse(
+            r#"{"annotations":{"io.kubernetes.cri-o.SandboxID":"p","io.kubernetes.cri-o.ContainerType":"sandbox"}}"#,
+        );
+        assert_eq!((crio.group(), crio.role()), (Some("p"), Role::Pod));
+        assert_eq!((parse("{}").group(), parse("{}").role()), (None, Role::Single));
+    }
+}

@@ -1,0 +1,105 @@
+//! `linux` of a configuration: namespaces, devices and limits that are about the host.
+
+use agent_api::CONTAINER_NAMESPACE;
+use serde_json::{Map, Value, json};
+
+use super::{Place, SpecError, field, object};
+use crate::container::overview::Role;
+
+/// Character devices that exist in every guest: (major, minor), the latter `None` for all.
+const GUEST_DEVICES: [(i64, Option<i64>); 4] = [(1, None), (5, None), (10, Some(200)), (10, Some(229))];
+
+pub(super) fn rewrite(
+    linux: &mut Map<String, Value>,
+    role: Role,
+    place: Place<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<(), SpecError> {
+    linux.insert("cgroupsPath".into(), format!("/ctvm/{}", place.id).into());
+    linux.remove("mountLabel");
+    linux.remove("intelRdt");
+    rewrite_namespaces(linux, role, place)?;
+    if let Some(devices) = linux.get_mut("devices") {
+        let list = devices.as_array_mut().ok_or_else(|| field("linux.devices", "a list"))?;
+        let before = list.len();
+        list.retain(is_in_every_guest);
+        if list.len() < before {
+            warnings.push(format!("{} device(s) of the host are left out", before - list.len()));
+        }
+        if list.is_empty() {
+            linux.remove("devices");
+        }
+    }
+    if let Some(resources) = linux.get_mut("resources") {
+        let resources = object(resources, "linux.resources")?;
+        for (name, what) in [
+            ("blockIO", "block I/O limits"),
+            ("network", "network classes"),
+            ("rdma", "RDMA limits"),
+            ("hugepageLimits", "huge page limits"),
+        ] {
+            let asked = |v: &Value| {
+                v.as_object().is_some_and(|o| !o.is_empty()) || v.as_array().is_some_and(|a| !a.is_empty())
+            };
+            if resources.remove(name).as_ref().is_some_and(asked) {
+                warnings.push(format!("{what} are left out: they are about the host"));
+            }
+        }
+        if let Some(Value::Object(cpu)) = resources.get_mut("cpu") {
+            cpu.remove("cpus");
+            cpu.remove("mems");
+        }
+    }
+    if let Some(Value::Object(seccomp)) = linux.get_mut("seccomp") {
+        seccomp.remove("listenerPath");
+        seccomp.remove("listenerMetadata");
+    }
+    Ok(())
+}
+
+/// The VM is the pod: what containers of a pod share of each other are the guest's own namespaces.
+fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'_>) -> Result<(), SpecError> {
+    let entry = linux.entry("namespaces").or_insert_with(|| json!([]));
+    let list = entry.as_array_mut().ok_or_else(|| field("linux.namespaces", "a list"))?;
+    for kind in ["pid", "ipc"] {
+        if !list.iter().any(|namespace| namespace["type"] == kind) {
+            return Err(SpecError::HostNamespace { kind });
+        }
+    }
+    let mut kept = Vec::new();
+    for mut namespace in std::mem::take(list) {
+        let kind = namespace.get("type").and_then(Value::as_str);
+        let kind = kind.ok_or_else(|| field("linux.namespaces[].type", "text"))?.to_owned();
+        let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
+        match (kind.as_str(), path.as_str()) {
+            ("network", _) => {}
+            ("ipc" | "uts", _) if role != Role::Single => {}
+            (_, "") => kept.push(namespace),
+            ("pid", path) => {
+                let container = pid_of(path).and_then(place.container_of);
+                let container = container
+                    .ok_or_else(|| SpecError::Namespace { kind: kind.clone(), path: path.into() })?;
+                namespace["path"] = format!("{CONTAINER_NAMESPACE}{container}").into();
+                kept.push(namespace);
+            }
+            ("user" | "mount", _) => return Err(SpecError::Namespace { kind, path }),
+            _ => {}
+        }
+    }
+    *list = kept;
+    Ok(())
+}
+
+/// `N` of `/proc/N/ns/pid`.
+fn pid_of(path: &str) -> Option<u32> {
+    path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
+}
+
+fn is_in_every_guest(device: &Value) -> bool {
+    let number = |name| device.get(name).and_then(Value::as_i64).unwrap_or(-1);
+    let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
+    matches!(kind, "c" | "u")
+        && GUEST_DEVICES
+            .iter()
+            .any(|(major, minor)| *major == number("major") && minor.is_none_or(|m| m == number("minor")))
+}

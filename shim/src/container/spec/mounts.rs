@@ -1,0 +1,77 @@
+//! The mounts of a container: binds of host files become shares, the rest the guest's runtime makes by itself.
+
+use agent_api::SANDBOX_SHM;
+
+use super::{Bind, GuestSpec, Place, SpecError, field, object, strings, text};
+
+/// Kinds of mount that the guest's runtime makes by itself.
+const GUEST_KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+impl GuestSpec {
+    pub(super) fn rewrite_mounts(&mut self, place: Place<'_>) -> Result<(), SpecError> {
+        let Place { id, share_path, .. } = place;
+        let Some(mounts) = self.config.get_mut("mounts") else { return Ok(()) };
+        let mounts = mounts.as_array_mut().ok_or_else(|| field("mounts", "a list"))?;
+        for (position, mount) in mounts.iter_mut().enumerate() {
+            let mount = object(mount, "mounts[]")?;
+            let destination = text(mount, "destination")
+                .ok_or_else(|| field(&format!("mounts[{position}].destination"), "text"))?;
+            let kind = text(mount, "type").unwrap_or_default();
+            let options = strings(mount, "options");
+            let is_bind = matches!(kind.as_str(), "bind" | "rbind")
+                || options.iter().any(|o| o == "bind" || o == "rbind");
+            if !is_bind {
+                if GUEST_KINDS.contains(&kind.as_str()) {
+                    continue;
+                }
+                return Err(SpecError::MountKind { kind, destination });
+            }
+            let source = text(mount, "source")
+                .filter(|s| !s.is_empty())
+                .ok_or_else(|| field(&format!("mounts[{position}].source"), "a path"))?;
+            if destination == "/dev/shm" {
+                // A host's tmpfs over a file share would be neither shared memory nor quick.
+                mount.insert("type".into(), "tmpfs".into());
+                mount.insert("source".into(), SANDBOX_SHM.into());
+                self.shm = Some((position, source.into()));
+                continue;
+            }
+            let mut kept = Vec::new();
+            let (mut read_only, mut live) = (false, false);
+            for option in options {
+                match option.as_str() {
+                    "ro" | "rro" => {
+                        read_only = true;
+                        kept.push("ro".to_owned());
+                    }
+                    // From the host to the guest, the file share does it; the other way there is none.
+                    "slave" | "rslave" => live = true,
+                    "shared" | "rshared" => {
+                        live = true;
+                        self.warnings.push(format!(
+                            "mount propagation {option:?} at {destination:?}: what the container mounts stays in the guest"
+                        ));
+                    }
+                    "z" | "Z" => {}
+                    o if ["idmap", "ridmap"].contains(&o)
+                        || ["uidmap=", "gidmap=", "idmap="].iter().any(|p| o.starts_with(p)) =>
+                    {
+                        return Err(SpecError::MountOption { option, destination });
+                    }
+                    _ => kept.push(option),
+                }
+            }
+            if live {
+                kept.push("rprivate".to_owned());
+            }
+            // A colon is in no container's id, so no container's root has this name.
+            let share = format!("{id}:mnt{}", self.binds.len());
+            mount.insert("type".into(), "bind".into());
+            mount.insert("source".into(), format!("{share_path}/{share}").into());
+            mount.insert("options".into(), kept.into());
+            self.binds.push(Bind { source: source.into(), share, read_only, live });
+            self.positions.push(position);
+        }
+        Ok(())
+    }
+}

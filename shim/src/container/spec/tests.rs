@@ -1,0 +1,188 @@
+use agent_api::SANDBOX_SHM;
+
+use super::*;
+use crate::container::overview::Role;
+
+/// What `ctr run` of containerd 1.7 writes, shortened, with some of what CRI adds.
+const CTR: &str = r#"{
+    "ociVersion": "1.1.0",
+    "process": {
+        "terminal": false, "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+        "args": ["sh", "-c", "echo hi"], "env": ["PATH=/bin"], "cwd": "/",
+        "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"]},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+        "noNewPrivileges": true, "apparmorProfile": "cri-containerd.apparmor.d", "oomScoreAdj": -998
+    },
+    "root": {"path": "rootfs", "readonly": true},
+    "hostname": "web",
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+        {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/sandboxes/x/shm", "options": ["rbind", "ro"]},
+        {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/pod/hosts", "options": ["rbind", "rprivate", "rw"]},
+        {"destination": "/data", "type": "none", "source": "/srv/data", "options": ["rbind", "ro", "rshared"]}
+    ],
+    "hooks": {"createRuntime": [{"path": "/usr/bin/hook"}]},
+    "annotations": {"io.kubernetes.cri.sandbox-id": "pod1"},
+    "linux": {
+        "resources": {"devices": [{"allow": false, "access": "rwm"}], "cpu": {"shares": 2, "cpus": "0-3"}, "memory": {"limit": 1048576},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]},
+        "cgroupsPath": "/default/web",
+        "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/proc/9/ns/ipc"}, {"type": "uts"}, {"type": "mount"},
+            {"type": "network", "path": "/var/run/netns/x"}],
+        "devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}, {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
+        "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"], "listenerPath": "/run/s", "syscalls": []},
+        "maskedPaths": ["/proc/kcore"], "newerField": {"kept": true}
+    }
+}"#;
+
+/// The container that has number 7 on the host is `db`.
+fn place() -> Place<'static> {
+    let container_of = &|pid| (pid == 7).then(|| "db".to_owned());
+    Place { id: "web", share_path: "/run/ctvm/share", container_of }
+}
+
+fn rewritten() -> GuestSpec {
+    for_guest(CTR.as_bytes(), Role::Single, place()).unwrap()
+}
+
+fn with(change: impl Fn(&mut Value)) -> Result<GuestSpec, SpecError> {
+    let mut config: Value = serde_json::from_str(CTR).unwrap();
+    change(&mut config);
+    for_guest(config.to_string().as_bytes(), Role::Single, place())
+}
+
+#[test]
+fn the_result_is_a_valid_oci_configuration() {
+    // The agent reads it with the same crate.
+    let spec: oci_spec::runtime::Spec = serde_json::from_slice(&rewritten().to_json()).unwrap();
+    assert_eq!(spec.root().as_ref().unwrap().path().to_str(), Some("/run/ctvm/share/web"));
+    assert_eq!(spec.root().as_ref().unwrap().readonly(), Some(true));
+    assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_deref(), Some("/ctvm/web".as_ref()));
+    assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), Some(true));
+}
+
+#[test]
+fn what_belongs_to_the_host_is_gone() {
+    let spec = rewritten();
+    let text = spec.config.to_string();
+    for host in [
+        "/usr/bin/hook",
+        "/var/run/netns",
+        "/proc/9",
+        "apparmor.d",
+        "0-3",
+        "/dev/kvm",
+        "/run/s\"",
+        "/srv/data",
+    ] {
+        assert!(!text.contains(host), "{host} in {text}");
+    }
+    let namespaces = spec.config["linux"]["namespaces"].to_string();
+    assert_eq!(namespaces, r#"[{"type":"pid"},{"type":"uts"},{"type":"mount"}]"#);
+    assert_eq!(spec.config["linux"]["devices"].as_array().unwrap().len(), 1);
+    assert!(spec.warnings.iter().any(|w| w.contains("hooks")), "{:?}", spec.warnings);
+    assert!(spec.warnings.iter().any(|w| w.contains("AppArmor")), "{:?}", spec.warnings);
+    assert!(spec.warnings.iter().any(|w| w.contains("1 device(s)")), "{:?}", spec.warnings);
+}
+
+#[test]
+fn what_is_not_named_passes_through() {
+    let config = rewritten().config;
+    assert_eq!(config["linux"]["newerField"]["kept"], true);
+    assert_eq!(config["linux"]["resources"]["memory"]["limit"], 1_048_576);
+    assert_eq!(config["linux"]["resources"]["cpu"]["shares"], 2);
+    assert_eq!(config["linux"]["maskedPaths"][0], "/proc/kcore");
+    assert_eq!(config["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+    assert_eq!(config["mounts"][0]["type"], "proc");
+    assert_eq!(config["mounts"][2]["type"], "cgroup");
+}
+
+#[test]
+fn binds_become_shares() {
+    let mut spec = rewritten();
+    assert_eq!(
+        spec.binds,
+        [
+            Bind {
+                source: "/var/lib/pod/hosts".into(),
+                share: "web:mnt0".into(),
+                read_only: false,
+                live: false
+            },
+            Bind { source: "/srv/data".into(), share: "web:mnt1".into(), read_only: true, live: true },
+        ]
+    );
+    spec.set_bind_source(0, "/run/ctvm/share/web:mnt0/hosts".as_ref());
+    assert_eq!(spec.config["mounts"][4]["source"], "/run/ctvm/share/web:mnt0/hosts");
+    assert_eq!(spec.config["mounts"][5]["source"], "/run/ctvm/share/web:mnt1");
+    assert_eq!(spec.config["mounts"][5]["type"], "bind");
+    assert_eq!(spec.config["mounts"][5]["options"].to_string(), r#"["rbind","ro","rprivate"]"#);
+    // Shared memory is the guest's own, of the size that the host's had.
+    assert_eq!(spec.shm(), Some(Path::new("/run/containerd/sandboxes/x/shm")));
+    spec.set_shm_size(4096);
+    let shm = &spec.config["mounts"][3];
+    assert_eq!((&shm["type"], &shm["source"]), (&json!("tmpfs"), &json!(SANDBOX_SHM)));
+    assert!(shm["options"].as_array().unwrap().contains(&json!("size=4096")), "{shm}");
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_by_name() {
+    let e = with(|c| c["mounts"][0]["type"] = "nfs".into()).unwrap_err();
+    assert!(e.to_string().contains("type \"nfs\" at \"/proc\" is not supported"), "{e}");
+    let e = with(|c| c["mounts"][5]["options"][0] = "rbind".into());
+    assert!(e.is_ok());
+    let e = with(|c| c["mounts"][5]["options"][2] = "idmap".into()).unwrap_err();
+    assert!(e.to_string().contains("option \"idmap\" at \"/data\""), "{e}");
+    let e = with(|c| c["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()).unwrap_err();
+    assert!(e.to_string().contains("joining the pid namespace \"/proc/1/ns/pid\""), "{e}");
+    let e = with(|c| c["mounts"][5]["source"] = "".into()).unwrap_err();
+    assert!(e.to_string().contains("mounts[5].source is missing or not a path"), "{e}");
+    let e = with(|c| c["process"]["args"] = json!([])).unwrap_err();
+    assert!(e.to_string().contains("process.args"), "{e}");
+    let relative = CTR.replace(r#""cwd": "/""#, r#""cwd": "usr""#);
+    let e = for_guest(relative.as_bytes(), Role::Single, place()).unwrap_err();
+    assert!(e.to_string().contains("process.cwd"), "{e}");
+    let e = with(|c| c["process"]["cwd"] = "relative".into()).unwrap_err();
+    assert!(e.to_string().contains("process.cwd is missing or not an absolute path"), "{e}");
+    let e = with(|c| c["linux"] = json!("x")).unwrap_err();
+    assert!(e.to_string().contains("linux is missing or not an object"), "{e}");
+    let e = for_guest(b"{", Role::Single, place()).unwrap_err();
+    assert!(matches!(e, SpecError::Json(_)));
+}
+
+#[test]
+fn a_small_configuration_will_do() {
+    let config = br#"{"ociVersion":"1.0.2","process":{"args":["/x"],"cwd":"/"}}"#;
+    let spec = for_guest(config, Role::Single, place()).unwrap();
+    assert_eq!(spec.config["root"]["path"], "/run/ctvm/share/web");
+    assert!(spec.binds.is_empty() && spec.warnings.is_empty());
+}
+
+#[test]
+fn containers_of_a_pod_share_the_guests_namespaces() {
+    let namespaces = |role, change: &dyn Fn(&mut Value)| {
+        let mut config: Value = serde_json::from_str(CTR).unwrap();
+        change(&mut config);
+        let spec = for_guest(config.to_string().as_bytes(), role, place())?;
+        assert_eq!(spec.config.get("hostname").is_none(), role != Role::Single);
+        Ok::<_, SpecError>(spec.config["linux"]["namespaces"].to_string())
+    };
+    for role in [Role::Pod, Role::Member] {
+        assert_eq!(namespaces(role, &|_| ()).unwrap(), r#"[{"type":"pid"},{"type":"mount"}]"#);
+    }
+    let join = |c: &mut Value| c["linux"]["namespaces"][0]["path"] = "/proc/7/ns/pid".into();
+    let joined = namespaces(Role::Member, &join).unwrap();
+    assert_eq!(joined, r#"[{"path":"container:db","type":"pid"},{"type":"mount"}]"#);
+}
+
+#[test]
+fn the_hosts_namespaces_are_refused_by_name() {
+    for (position, kind) in [(0, "pid"), (1, "ipc")] {
+        let e =
+            with(|c| drop(c["linux"]["namespaces"].as_array_mut().unwrap().remove(position))).unwrap_err();
+        assert_eq!(e, SpecError::HostNamespace { kind });
+        assert!(e.to_string().contains(&format!("the host's {kind} namespace cannot be used")), "{e}");
+    }
+}
