@@ -1,15 +1,15 @@
 //! The operator's configuration: one TOML file, every key optional.
 //!
 //! Order: the runtime options' `ConfigPath` or inline body, else `$CTVM_CONFIG`, else `/etc/ctvm/config.toml` where
-//! it exists, else the defaults below. A pod's annotations then change the few values that
-//! [`Config::apply_annotations`] names.
+//! it exists, else the defaults below. What a pod asks for then changes the few values that [`pod`] names.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
 use vmm_api::config::{MAX_CMDLINE, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+pub mod pod;
 
 /// Where the configuration is looked for when nothing names another place.
 pub const DEFAULT_PATH: &str = "/etc/ctvm/config.toml";
@@ -26,10 +26,14 @@ pub struct Config {
     pub image: PathBuf,
     /// The monitor's binary. Default: beside this one, else in `PATH`.
     pub vmm: Option<PathBuf>,
-    /// vCPUs of a sandbox.
+    /// vCPUs of a sandbox whose pod has no CPU limit.
     pub vcpus: u8,
-    /// Memory of a sandbox, in MiB, a multiple of 2.
+    /// Memory of a sandbox whose pod has no memory limit, in MiB, a multiple of 2.
     pub memory_mib: u32,
+    /// Memory of a sandbox beyond its pod's limit, in MiB: for the guest's kernel and agent.
+    pub overhead_memory_mib: u32,
+    /// Which of these values a pod's annotations may change: `vcpus`, `memory_mib`, `cmdline`, `hugepages`, `prefault`.
+    pub annotations: Vec<pod::Tunable>,
     /// Words to add to the guest kernel's command line.
     pub cmdline: String,
     /// Back guest memory with hugetlbfs pages.
@@ -102,6 +106,8 @@ impl Default for Config {
             vmm: None,
             vcpus: 1,
             memory_mib: 256,
+            overhead_memory_mib: 64,
+            annotations: vec![pod::Tunable::Vcpus, pod::Tunable::MemoryMib],
             cmdline: String::new(),
             hugepages: false,
             prefault: false,
@@ -181,6 +187,24 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// An annotation that the operator has not allowed.
+    #[error(
+        "annotation {name:?} is not allowed: add {option:?} to `annotations` in the runtime's configuration"
+    )]
+    Forbidden {
+        /// The annotation.
+        name: String,
+        /// What it would change.
+        option: &'static str,
+    },
+    /// An annotation under our name that means nothing.
+    #[error("annotation {name:?} is not known; known are {known}")]
+    Unknown {
+        /// The annotation.
+        name: String,
+        /// All there are.
+        known: String,
+    },
     /// A value out of its range.
     #[error("configuration {place}: {key} is {value}, must be {limit}")]
     Value {
@@ -244,6 +268,10 @@ impl Config {
             let limit = format!("{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}, a multiple of 2");
             return Err(wrong("memory_mib", self.memory_mib.to_string(), limit));
         }
+        if self.overhead_memory_mib > MAX_OVERHEAD_MIB {
+            let limit = format!("0 to {MAX_OVERHEAD_MIB}");
+            return Err(wrong("overhead_memory_mib", self.overhead_memory_mib.to_string(), limit));
+        }
         if self.fs_threads == 0 || self.fs_threads > 4 {
             return Err(wrong("fs_threads", self.fs_threads.to_string(), "1 to 4".into()));
         }
@@ -267,30 +295,10 @@ impl Config {
         }
         Ok(())
     }
-
-    /// Takes what a pod asks for by annotation, ours or Kata's name for the same thing.
-    ///
-    /// # Errors
-    /// [`ConfigError::Value`] for a value that is no number or out of range.
-    pub fn apply_annotations(&mut self, annotations: &BTreeMap<String, String>) -> Result<(), ConfigError> {
-        let find = |names: [&str; 2]| names.iter().find_map(|n| annotations.get(*n));
-        let wrong = |key, value: &str| ConfigError::Value {
-            place: "annotation".into(),
-            key,
-            value: format!("{value:?}"),
-            limit: "a whole number in range".into(),
-        };
-        if let Some(value) = find(["io.ctvm.vcpus", "io.katacontainers.config.hypervisor.default_vcpus"]) {
-            self.vcpus = value.trim().parse().map_err(|_| wrong("vcpus", value))?;
-        }
-        if let Some(value) =
-            find(["io.ctvm.memory_mib", "io.katacontainers.config.hypervisor.default_memory"])
-        {
-            self.memory_mib = value.trim().parse().map_err(|_| wrong("memory_mib", value))?;
-        }
-        self.check("annotation")
-    }
 }
+
+/// Most memory beyond a pod's limit: more is a mistake in the unit.
+const MAX_OVERHEAD_MIB: u32 = 16_384;
 
 /// Longest of all times to wait, ten minutes.
 const MAX_TIMEOUT_MS: u64 = 600_000;
@@ -337,19 +345,6 @@ mod tests {
         assert!(error("fs_threads = 5").contains("must be 1 to 4"));
         assert!(error("[timeouts]\nboot_ms = 0").contains("timeouts.boot_ms is 0"));
         assert!(error(&format!("cmdline = \"{}\"", "x".repeat(2000))).contains("cmdline is 2000 bytes long"));
-    }
-
-    #[test]
-    fn annotations_of_ours_and_of_kata_change_the_size() {
-        let mut config = Config::default();
-        let ours = [("io.ctvm.vcpus".to_owned(), "2".to_owned())].into();
-        config.apply_annotations(&ours).unwrap();
-        let kata = "io.katacontainers.config.hypervisor.default_memory";
-        config.apply_annotations(&[(kata.to_owned(), "512".to_owned())].into()).unwrap();
-        assert_eq!((config.vcpus, config.memory_mib), (2, 512));
-        let e = config.apply_annotations(&[(kata.to_owned(), "lots".to_owned())].into()).unwrap_err();
-        assert!(e.to_string().contains("\"lots\""), "{e}");
-        assert!(config.apply_annotations(&[(kata.to_owned(), "8".to_owned())].into()).is_err());
     }
 
     #[test]

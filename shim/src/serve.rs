@@ -13,7 +13,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::args::Args;
 use crate::config::Config;
-use crate::container::spec::Overview;
+use crate::container::overview::Overview;
 use crate::events::Publisher;
 use crate::sandbox::Sandbox;
 use crate::vmm::ControlSlot;
@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let overview = Overview::parse(&std::fs::read("config.json").context("config.json")?)?;
     let mut config = Config::load(args.config.as_deref())?;
-    config.apply_annotations(&overview.annotations)?;
+    config.fit_to_pod(&overview)?;
     let level = if args.debug { log::LevelFilter::Debug } else { config.log_level.into() };
     logger::install(logger::open(Path::new(".")), &args.id, level);
     // A bundle's directory is removed while we still run.

@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::args::Args;
 use crate::bootstrap::{self, Bootstrap};
 use crate::config::Config;
-use crate::container::spec::Overview;
+use crate::container::overview::Overview;
 use crate::sandbox::state_file::{self, State};
 use crate::{clock, delete, logger, paths};
 
@@ -87,7 +87,7 @@ fn try_launch(
 ) -> Result<()> {
     let named = config_file(asked, state_dir)?;
     // Read here too: what is wrong with it is then the answer to the operator's command.
-    Config::load(named.as_deref())?.apply_annotations(&overview.annotations)?;
+    Config::load(named.as_deref())?.fit_to_pod(overview)?;
     let state = State { socket: socket.to_owned(), ..State::default() };
     state.write(state_dir).with_context(|| state_dir.display().to_string())?;
     let listener = bind(socket)?;

@@ -1,0 +1,213 @@
+//! What a pod changes in the configuration: its limits size the VM, its annotations change what the operator allows.
+//!
+//! The size is fixed when the VM starts. A limit is the sum over the pod's containers, which CRI knows beforehand and
+//! passes in the sandbox's annotations; a container without a pod brings its own. The VM gets the memory limit,
+//! rounded up to 2 MiB, and the operator's overhead for kernel and agent; of CPUs it gets the limit rounded up.
+
+use serde::Deserialize;
+use vmm_api::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+use super::{Config, ConfigError};
+use crate::container::overview::{Overview, Role};
+
+/// Beginning of our annotations.
+const OURS: &str = "io.ctvm.";
+
+/// A value that an annotation can change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tunable {
+    /// [`Config::vcpus`].
+    Vcpus,
+    /// [`Config::memory_mib`].
+    MemoryMib,
+    /// [`Config::cmdline`], added to the operator's.
+    Cmdline,
+    /// [`Config::hugepages`].
+    Hugepages,
+    /// [`Config::prefault`].
+    Prefault,
+}
+
+/// Each value with its name, which `io.ctvm.` makes an annotation of, and Kata's name for the same thing.
+const TUNABLES: [(Tunable, &str, &str); 5] = [
+    (Tunable::Vcpus, "vcpus", "io.katacontainers.config.hypervisor.default_vcpus"),
+    (Tunable::MemoryMib, "memory_mib", "io.katacontainers.config.hypervisor.default_memory"),
+    (Tunable::Cmdline, "cmdline", "io.katacontainers.config.hypervisor.kernel_params"),
+    (Tunable::Hugepages, "hugepages", "io.katacontainers.config.hypervisor.enable_hugepages"),
+    (Tunable::Prefault, "prefault", "io.katacontainers.config.hypervisor.enable_mem_prealloc"),
+];
+
+impl Config {
+    /// Takes what a pod needs and asks for.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for what is out of range or of the wrong kind, [`ConfigError::Forbidden`] for an
+    /// annotation that is not on the operator's list, [`ConfigError::Unknown`] for one of ours that does not exist.
+    pub fn fit_to_pod(&mut self, overview: &Overview) -> Result<(), ConfigError> {
+        self.fit_to_limits(&Limits::of(overview));
+        self.apply_annotations(overview)?;
+        self.check("annotation")
+    }
+
+    fn fit_to_limits(&mut self, limits: &Limits) {
+        if let Some(bytes) = limits.memory {
+            let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+            let mib = mib.saturating_add(self.overhead_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB);
+            self.memory_mib = mib.next_multiple_of(2);
+        }
+        if let Some((quota, period)) = limits.cpu {
+            let cpus = quota.div_ceil(period).clamp(1, u64::from(MAX_VCPUS));
+            self.vcpus = u8::try_from(cpus).expect("clamped to a u8");
+        }
+    }
+
+    fn apply_annotations(&mut self, overview: &Overview) -> Result<(), ConfigError> {
+        for (name, value) in &overview.annotations {
+            let known = TUNABLES
+                .iter()
+                .find(|(_, ours, kata)| name.strip_prefix(OURS) == Some(*ours) || name == kata);
+            match known {
+                Some(&(tunable, key, _)) if self.annotations.contains(&tunable) => {
+                    self.set(tunable, key, value.trim())?;
+                }
+                Some(&(_, option, _)) => return Err(ConfigError::Forbidden { name: name.clone(), option }),
+                None if name.starts_with(OURS) => {
+                    let known: Vec<_> = TUNABLES.iter().map(|(_, key, _)| format!("{OURS}{key}")).collect();
+                    return Err(ConfigError::Unknown { name: name.clone(), known: known.join(", ") });
+                }
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, tunable: Tunable, key: &'static str, value: &str) -> Result<(), ConfigError> {
+        let wrong = |limit: &str| ConfigError::Value {
+            place: "annotation".into(),
+            key,
+            value: format!("{value:?}"),
+            limit: limit.into(),
+        };
+        let flag = || value.parse::<bool>().map_err(|_| wrong("true or false"));
+        match tunable {
+            // Kata's is a decimal fraction.
+            Tunable::Vcpus => {
+                let whole = value.strip_suffix(".0").unwrap_or(value);
+                self.vcpus = whole.parse().map_err(|_| wrong("a whole number in range"))?;
+            }
+            Tunable::MemoryMib => {
+                self.memory_mib = value.parse().map_err(|_| wrong("a whole number in range"))?;
+            }
+            Tunable::Cmdline => self.cmdline = format!("{} {value}", self.cmdline).trim().to_owned(),
+            Tunable::Hugepages => self.hugepages = flag()?,
+            Tunable::Prefault => self.prefault = flag()?,
+        }
+        Ok(())
+    }
+}
+
+/// What a pod may use at most.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Limits {
+    /// In bytes.
+    memory: Option<u64>,
+    /// Quota and period, in microseconds.
+    cpu: Option<(u64, u64)>,
+}
+
+impl Limits {
+    fn of(overview: &Overview) -> Limits {
+        let resources = &overview.linux.resources;
+        let (memory, quota, period) = match overview.role() {
+            // Its own resources are those of a container that does nothing.
+            Role::Pod => {
+                let number = |name: &str| {
+                    overview
+                        .annotations
+                        .get(&format!("io.kubernetes.cri.sandbox-{name}"))?
+                        .parse::<i64>()
+                        .ok()
+                };
+                (number("memory"), number("cpu-quota"), number("cpu-period"))
+            }
+            Role::Single | Role::Member => {
+                let period = resources.cpu.period.and_then(|period| i64::try_from(period).ok());
+                (resources.memory.limit, resources.cpu.quota, period)
+            }
+        };
+        let positive = |number: Option<i64>| {
+            number.and_then(|number| u64::try_from(number).ok()).filter(|number| *number > 0)
+        };
+        // The kernel's own period where none is given (cgroup v2, cpu.max).
+        let cpu = positive(quota).map(|quota| (quota, positive(period).unwrap_or(100_000)));
+        Limits { memory: positive(memory), cpu }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fit(config: &mut Config, json: &str) -> Result<(u8, u32), ConfigError> {
+        config.fit_to_pod(&Overview::parse(json.as_bytes()).unwrap())?;
+        Ok((config.vcpus, config.memory_mib))
+    }
+
+    fn annotated(name: &str, value: &str) -> String {
+        format!(r#"{{"annotations":{{"{name}":"{value}"}}}}"#)
+    }
+
+    #[test]
+    fn a_pods_limits_size_its_vm() {
+        let pod = |annotations: &str| {
+            let json = format!(
+                r#"{{"annotations":{{"io.kubernetes.cri.container-type":"sandbox"{annotations}}},
+                    "linux":{{"resources":{{"memory":{{"limit":1}},"cpu":{{"quota":1,"period":1}}}}}}}}"#
+            );
+            fit(&mut Config::default(), &json).unwrap()
+        };
+        assert_eq!(pod(""), (1, 256));
+        let memory = r#","io.kubernetes.cri.sandbox-memory":"524288001""#;
+        assert_eq!(pod(memory), (1, 566), "501 MiB, rounded up to pages of 2 MiB");
+        let cpu = r#","io.kubernetes.cri.sandbox-cpu-quota":"250000","io.kubernetes.cri.sandbox-cpu-period":"100000""#;
+        assert_eq!(pod(cpu), (3, 256));
+        let none = r#","io.kubernetes.cri.sandbox-cpu-quota":"-1","io.kubernetes.cri.sandbox-memory":"0""#;
+        assert_eq!(pod(none), (1, 256));
+        let huge = r#","io.kubernetes.cri.sandbox-memory":"9223372036854775807""#;
+        assert_eq!(pod(huge).1, MAX_MEMORY_MIB);
+    }
+
+    #[test]
+    fn a_container_without_a_pod_brings_its_own_limits() {
+        let json = r#"{"linux":{"resources":{"memory":{"limit":33554432},"cpu":{"quota":200000}}}}"#;
+        assert_eq!(fit(&mut Config::default(), json).unwrap(), (2, 96));
+    }
+
+    #[test]
+    fn annotations_of_ours_and_of_kata_change_the_size() {
+        let mut config = Config::default();
+        fit(&mut config, &annotated("io.ctvm.vcpus", "2")).unwrap();
+        let kata = "io.katacontainers.config.hypervisor.default_memory";
+        assert_eq!(fit(&mut config, &annotated(kata, "512")).unwrap(), (2, 512));
+        let error = fit(&mut config, &annotated(kata, "lots")).unwrap_err();
+        assert!(error.to_string().contains("\"lots\""), "{error}");
+        fit(&mut config, &annotated(kata, "8")).unwrap_err();
+        let fraction = "io.katacontainers.config.hypervisor.default_vcpus";
+        assert_eq!(fit(&mut Config::default(), &annotated(fraction, "4.0")).unwrap(), (4, 256));
+    }
+
+    #[test]
+    fn annotations_need_the_operators_leave() {
+        let asked = annotated("io.ctvm.cmdline", "nosmt");
+        let error = fit(&mut Config::default(), &asked).unwrap_err().to_string();
+        assert!(error.contains("\"io.ctvm.cmdline\" is not allowed: add \"cmdline\""), "{error}");
+        let mut config = Config::parse("annotations = [\"cmdline\"]\ncmdline = \"debug\"", "x").unwrap();
+        fit(&mut config, &asked).unwrap();
+        assert_eq!(config.cmdline, "debug nosmt");
+        fit(&mut config, &annotated("io.ctvm.vcpus", "2")).unwrap_err();
+        let error = fit(&mut Config::default(), &annotated("io.ctvm.cpus", "2")).unwrap_err().to_string();
+        assert!(error.contains("\"io.ctvm.cpus\" is not known; known are io.ctvm.vcpus"), "{error}");
+        fit(&mut Config::default(), &annotated("io.katacontainers.config.runtime.x", "2")).unwrap();
+    }
+}
