@@ -118,6 +118,8 @@ pub fn bring_up() -> Result<()> {
     )?;
     // What a command finds when it is started by hand; lab-init passes the same to commands it runs.
     fs::write("/etc/hosts", "127.0.0.1 localhost lab\n").context("write /etc/hosts")?;
+    // Nobody answers there; containerd wants the file, and pods get a copy.
+    fs::write("/etc/resolv.conf", "nameserver 192.0.2.53\n").context("write /etc/resolv.conf")?;
     // Descriptors, processes and mappings enough for ten VMs and their tests at once.
     fs::write("/proc/sys/kernel/printk", "4 4 1 7\n").context("set the console's log level")?;
     rustix::process::setrlimit(

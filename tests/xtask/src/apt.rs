@@ -30,15 +30,17 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 pub enum Suite {
     Bookworm,
     Trixie,
+    Forky,
 }
 
 impl Suite {
-    const ALL: [Self; 2] = [Self::Bookworm, Self::Trixie];
+    const ALL: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Forky];
 
     fn name(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",
+            Self::Forky => "forky",
         }
     }
 }
@@ -238,7 +240,8 @@ impl<'a> Apt<'a> {
     }
 
     fn stamp(&self) -> PathBuf {
-        self.root.join("lists-and-sources-fetched")
+        // Named by what was fetched: a suite more makes lists without it old.
+        self.root.join(format!("fetched-{}", Suite::ALL.map(Suite::name).join("-")))
     }
 }
 
@@ -267,7 +270,7 @@ fn mirror() -> Result<String> {
         .filter_map(|line| line.strip_suffix("|main")?.split_once('|'))
         .filter(|(_, release)| !release.contains("security"))
         .collect();
-    let names = ["bookworm", "stable", "oldstable", "trixie", "testing", "sid"];
+    let names = ["bookworm", "stable", "oldstable", "trixie", "forky", "testing", "sid"];
     names
         .iter()
         .find_map(|name| main.iter().find(|(_, release)| release == name))

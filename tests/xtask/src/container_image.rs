@@ -17,6 +17,11 @@ use crate::tree::Tree;
 /// Its name in containerd.
 pub const NAME: &str = "ctvm.local/demo:latest";
 
+/// The same files under a second name, as an image that does nothing until it is told to end: what CRI runs as a
+/// pod's first container.
+const PAUSE_NAME: &str = "ctvm.local/pause:latest";
+const PAUSE: [&str; 3] = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"];
+
 /// What it holds: one static program that is a shell and all the usual tools, and the files that say "Debian".
 const PACKAGES: [&str; 2] = ["base-files", "busybox-static"];
 
@@ -36,7 +41,7 @@ pub fn get(cache: &Cache, apt: &Apt<'_>) -> Result<ContainerImage> {
             .filter(|package| PACKAGES.contains(&package.name())) // a static program needs none of its dependencies
             .collect();
         ensure!(packages.len() == PACKAGES.len(), "bookworm lacks some of {PACKAGES:?}");
-        let mut key = Key::new("container image", 1).text(NAME);
+        let mut key = Key::new("container image", 2).text(NAME).text(PAUSE[2]);
         for package in &packages {
             key = key.text(&package.file).text(&package.sha256);
         }
@@ -61,7 +66,7 @@ fn make(folder: &Path, packages: &[PathBuf]) -> Result<()> {
         tree.path("etc/passwd"),
         "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     )?;
-    fs::write(tree.path("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
+    fs::write(tree.path("etc/group"), "root:x:0:\nstaff:x:50:nobody\nnogroup:x:65534:\n")?;
     for name in ["dev", "proc", "sys", "run", "tmp", "root"] {
         fs::create_dir_all(tree.path(name)).with_context(|| format!("make /{name}"))?;
     }
@@ -78,10 +83,25 @@ fn make(folder: &Path, packages: &[PathBuf]) -> Result<()> {
 fn write_layout(layout: &Path, layer: &Path) -> Result<()> {
     let diff_id = format!("sha256:{}", hash_file(layer)?);
     let layer = blob(layout, layer, "application/vnd.oci.image.layer.v1.tar")?;
+    let manifests = [(NAME, json!(["sh"])), (PAUSE_NAME, json!(PAUSE))]
+        .into_iter()
+        .map(|(name, command)| write_image(layout, &layer, &diff_id, name, &command))
+        .collect::<Result<Vec<_>>>()?;
+    let index = json!({"schemaVersion": 2, "manifests": manifests});
+    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?).context("write the index")?;
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)
+        .context("write the layout's mark")
+}
+
+/// Configuration and manifest of one image; the manifest's descriptor.
+fn write_image(layout: &Path, layer: &Value, diff_id: &str, name: &str, command: &Value) -> Result<Value> {
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]},
+        "config": {
+            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "Cmd": command,
+        },
         "rootfs": {"type": "layers", "diff_ids": [diff_id]},
     });
     let config = json_blob(layout, &config, "application/vnd.oci.image.config.v1+json")?;
@@ -89,11 +109,8 @@ fn write_layout(layout: &Path, layer: &Path) -> Result<()> {
     let manifest = json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer]});
     let mut manifest = json_blob(layout, &manifest, kind)?;
     manifest["annotations"] =
-        json!({"io.containerd.image.name": NAME, "org.opencontainers.image.ref.name": "latest"});
-    let index = json!({"schemaVersion": 2, "manifests": [manifest]});
-    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?).context("write the index")?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)
-        .context("write the layout's mark")
+        json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "latest"});
+    Ok(manifest)
 }
 
 fn json_blob(layout: &Path, content: &Value, kind: &str) -> Result<Value> {

@@ -8,7 +8,7 @@ use crate::cache::Cache;
 use crate::steps::{output, quietly, step};
 
 /// Package and why it is needed.
-const NEEDED: [(&str, &str); 18] = [
+const NEEDED: [(&str, &str); 19] = [
     ("bc", "guest kernel"),
     ("binutils", "guest kernel"),
     ("bison", "guest kernel"),
@@ -25,6 +25,7 @@ const NEEDED: [(&str, &str); 18] = [
     ("ninja-build", "the lab's QEMU"),
     ("patch", "guest kernel, the lab's QEMU"),
     ("pkg-config", "guest agent, the lab's QEMU"),
+    ("protobuf-compiler", "the tests' CRI client"),
     ("python3-venv", "the lab's QEMU"),
     ("xz-utils", "guest kernel"),
 ];

@@ -5,21 +5,22 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::apt::{Apt, Suite};
+use crate::apt::{Apt, Package, Suite};
 use crate::cache::{Cache, Key};
 use crate::steps::{quietly, step};
 use crate::tree::Tree;
 
 /// What the lab's user land holds; dependencies follow.
-const USER_LAND: [&str; 30] = [
+const USER_LAND: [&str; 32] = [
     "base-files",
     "base-passwd",
     "bash",
     "bsdutils",
     "busybox",
     "containerd",
+    "containernetworking-plugins",
     "coreutils",
     "cpio",
     "dash",
@@ -31,6 +32,7 @@ const USER_LAND: [&str; 30] = [
     "gzip",
     "hostname",
     "iproute2",
+    "iptables",
     "kmod",
     "libcap2-bin",
     "libseccomp2",
@@ -45,6 +47,9 @@ const USER_LAND: [&str; 30] = [
     "tar",
     "util-linux",
 ];
+
+/// Where more containerds come from than the user land's own.
+const MORE_CONTAINERDS: [Suite; 2] = [Suite::Bookworm, Suite::Forky];
 
 const KERNEL: [&str; 1] = ["linux-image-cloud-amd64"];
 
@@ -68,14 +73,23 @@ impl Image {
                 .filter(|package| package.name().starts_with("linux-image-6"))
                 .collect();
             ensure!(kernel.len() == 1, "expected one kernel image in {KERNEL:?}, found {}", kernel.len());
-            let mut key = Key::new("lab image", 1);
-            for package in user_land.iter().chain(&kernel) {
+            let containerds = MORE_CONTAINERDS
+                .into_iter()
+                .map(|suite| Ok((suite, only_containerd(apt.resolve(suite, &["containerd"])?)?)))
+                .collect::<Result<Vec<_>>>()?;
+            let mut key = Key::new("lab image", 3);
+            let more = containerds.iter().flat_map(|(_, packages)| packages);
+            for package in user_land.iter().chain(&kernel).chain(more) {
                 key = key.text(&package.file).text(&package.sha256);
             }
             let folder = cache.entry("lab", &key, |folder| {
                 let user_land = apt.fetch(Suite::Trixie, &USER_LAND, &user_land)?;
                 let kernel = apt.fetch(Suite::Bookworm, &KERNEL, &kernel)?;
-                step("make the lab's root image", || make(cache, folder, &user_land, &kernel))
+                let mut more = Vec::new();
+                for (suite, packages) in &containerds {
+                    more.extend(apt.fetch(*suite, &["containerd"], packages)?);
+                }
+                step("make the lab's root image", || make(cache, folder, &user_land, &kernel, &more))
             })?;
             Ok(Self { folder })
         })
@@ -106,10 +120,28 @@ impl Image {
     }
 }
 
-fn make(cache: &Cache, folder: &Path, user_land: &[PathBuf], kernel: &[PathBuf]) -> Result<()> {
+/// Of a closure, the package itself: the rest is in the user land.
+fn only_containerd(closure: Vec<Package>) -> Result<Vec<Package>> {
+    let found: Vec<_> = closure.into_iter().filter(|package| package.name() == "containerd").collect();
+    ensure!(found.len() == 1, "expected one containerd, found {}", found.len());
+    Ok(found)
+}
+
+fn make(
+    cache: &Cache,
+    folder: &Path,
+    user_land: &[PathBuf],
+    kernel: &[PathBuf],
+    containerds: &[PathBuf],
+) -> Result<()> {
     let tree = Tree::create(&folder.join("tree"))?;
     tree.unpack(user_land)?;
     tree.unpack(kernel)?;
+    for package in containerds {
+        let other = Tree::at(&tree.path(&format!("opt/containerd/{}", minor_version(package)?)));
+        fs::create_dir_all(other.root()).with_context(|| format!("make {}", other.root().display()))?;
+        other.unpack(std::slice::from_ref(package))?;
+    }
     let release = only_name_in(&tree.path("usr/lib/modules"))?;
     fs::rename(tree.path(&format!("boot/vmlinuz-{release}")), folder.join("vmlinuz"))
         .context("take the kernel out")?;
@@ -122,6 +154,17 @@ fn make(cache: &Cache, folder: &Path, user_land: &[PathBuf], kernel: &[PathBuf])
     erofs.args(["--all-root", "-T0", "-U", "c7000000-0000-4000-8000-000000000001"]);
     quietly(cache, "mkfs.erofs", erofs.arg(folder.join("root.erofs")).arg(tree.root()))?;
     fs::remove_dir_all(tree.root()).context("remove the unpacked tree")
+}
+
+/// `1.6` of `containerd_1.6.20~ds1-1+deb12u1_amd64.deb`.
+fn minor_version(package: &Path) -> Result<String> {
+    let name = package.file_name().unwrap_or_default().to_string_lossy();
+    let version = name.split('_').nth(1).unwrap_or_default();
+    let mut numbers = version.split('.');
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) => Ok(format!("{major}.{minor}")),
+        _ => bail!("package {name:?} has no version"),
+    }
 }
 
 /// What maintainer scripts would have done, as far as anything in the lab cares.
@@ -140,6 +183,12 @@ fn configure(tree: &Tree) -> Result<()> {
     write("etc/hostname", "lab\n")?;
     write("etc/machine-id", "c7000000000040008000000000000001\n")?;
     symlink("mawk", tree.path("usr/bin/awk")).context("link awk")?;
+    for name in
+        ["iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"]
+    {
+        symlink("xtables-nft-multi", tree.path("usr/sbin").join(name))
+            .with_context(|| format!("link {name}"))?;
+    }
     for name in ["dev", "proc", "sys", "run", "tmp", "root", "var/lib/containerd", "mnt"] {
         fs::create_dir_all(tree.path(name)).with_context(|| format!("make /{name}"))?;
     }
