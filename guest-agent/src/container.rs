@@ -24,7 +24,7 @@ use crate::payload::Payload;
 use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
-use crate::{pod, spec, sys};
+use crate::{pod, spec, sys, sysctl};
 
 mod control;
 
@@ -116,6 +116,7 @@ impl Container {
         let mut config = spec::container(request.options.as_ref(), id, names.terminal)?;
         pod::join(&mut config.spec, pid_of)?;
         pod::share_memory(&mut config.spec)?;
+        sysctl::apply(&mut config.spec)?;
         let root = config.spec.root().as_ref().expect("checked by `spec::container`").path().clone();
         let wiring = Wiring::dial(&guest.host, &names).await?;
         let files = Files {

@@ -7,6 +7,7 @@ use crate::mounts::MountError;
 use crate::resources::ResourcesError;
 use crate::spec::SpecError;
 use crate::stdio::StdioError;
+use crate::sysctl::SysctlError;
 
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,9 @@ pub enum TaskError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A kernel parameter cannot be set.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
     /// Limits cannot be changed as asked.
     #[error(transparent)]
     Resources(#[from] ResourcesError),
@@ -71,6 +75,7 @@ impl TaskError {
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Signal(_)
             | Self::Join { .. }
+            | Self::Sysctl(_)
             | Self::Spec(_)
             | Self::Mount(_)
             | Self::Stdio(StdioError::Name(_)) => Code::INVALID_ARGUMENT,

@@ -32,6 +32,7 @@ mod spec;
 mod stats;
 mod stdio;
 mod sys;
+mod sysctl;
 mod tasks;
 
 use std::os::fd::OwnedFd;

@@ -64,6 +64,11 @@ pub enum SpecError {
         /// Kind of namespace.
         kind: &'static str,
     },
+    /// A user namespace in a pod.
+    #[error(
+        "config.json: a user namespace for a pod is not supported, since the pod's network and IPC are those of the VM: set hostUsers, the VM keeps the pod's users apart from the host's"
+    )]
+    UserNamespace,
     /// A namespace of another process.
     #[error("config.json: joining the {kind} namespace {path:?} is not possible in a sandbox")]
     Namespace {

@@ -18,6 +18,8 @@ pub(super) fn rewrite(
     linux.insert("cgroupsPath".into(), format!("/ctvm/{}", place.id).into());
     linux.remove("mountLabel");
     linux.remove("intelRdt");
+    // The container's tree has no peers in the guest, and shares do what can be done (`Bind::live`).
+    linux.remove("rootfsPropagation");
     rewrite_namespaces(linux, role, place)?;
     if let Some(devices) = linux.get_mut("devices") {
         let list = devices.as_array_mut().ok_or_else(|| field("linux.devices", "a list"))?;
@@ -73,6 +75,7 @@ fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'
         let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
         match (kind.as_str(), path.as_str()) {
             ("network", _) => {}
+            ("user", _) if role != Role::Single => return Err(SpecError::UserNamespace),
             ("ipc" | "uts", _) if role != Role::Single => {}
             (_, "") => kept.push(namespace),
             ("pid", path) => {

@@ -33,7 +33,7 @@ const CTR: &str = r#"{
             {"type": "network", "path": "/var/run/netns/x"}],
         "devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}, {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
         "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"], "listenerPath": "/run/s", "syscalls": []},
-        "maskedPaths": ["/proc/kcore"], "newerField": {"kept": true}
+        "rootfsPropagation": "rshared", "maskedPaths": ["/proc/kcore"], "newerField": {"kept": true}
     }
 }"#;
 
@@ -76,6 +76,7 @@ fn what_belongs_to_the_host_is_gone() {
         "/dev/kvm",
         "/run/s\"",
         "/srv/data",
+        "rshared",
     ] {
         assert!(!text.contains(host), "{host} in {text}");
     }
@@ -172,6 +173,9 @@ fn containers_of_a_pod_share_the_guests_namespaces() {
     for role in [Role::Pod, Role::Member] {
         assert_eq!(namespaces(role, &|_| ()).unwrap(), r#"[{"type":"pid"},{"type":"mount"}]"#);
     }
+    let user = |c: &mut Value| c["linux"]["namespaces"][2]["type"] = "user".into();
+    assert_eq!(namespaces(Role::Pod, &user), Err(SpecError::UserNamespace));
+    assert!(namespaces(Role::Single, &user).unwrap().contains("user"));
     let join = |c: &mut Value| c["linux"]["namespaces"][0]["path"] = "/proc/7/ns/pid".into();
     let joined = namespaces(Role::Member, &join).unwrap();
     assert_eq!(joined, r#"[{"path":"container:db","type":"pid"},{"type":"mount"}]"#);
