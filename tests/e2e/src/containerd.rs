@@ -17,49 +17,126 @@ pub const RUNTIME: &str = "io.containerd.ctvm.v2";
 #[derive(Debug)]
 pub struct Containerd {
     folder: TempDir,
+    setup: Setup,
     daemon: Child,
 }
 
-impl Containerd {
-    /// Starts containerd with root, state and socket in a folder of its own, and imports the test image.
-    pub fn start() -> Result<Containerd> {
-        Self::start_in(Path::new("/var/tmp"))
+/// What kind of containerd to start.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Folder for all of its files.
+    pub parent: PathBuf,
+    /// `1.6`, `1.7` or `2.1`; the lab's own where it is not said.
+    pub release: Option<String>,
+    /// Namespace that `ctr` works in, and where images go.
+    pub namespace: &'static str,
+    /// The rest of `config.toml`, from the daemon's folder.
+    pub config: fn(&Path) -> Result<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Setup {
+            parent: "/var/tmp".into(),
+            release: None,
+            namespace: "test",
+            config: |_| Ok("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n".to_owned()),
+        }
+    }
+}
+
+impl Setup {
+    /// Starts it, and imports the test images.
+    pub fn start(self) -> Result<Containerd> {
+        let folder = tempfile::Builder::new().prefix("ctd").tempdir_in(&self.parent)?;
+        let rest = (self.config)(folder.path())?;
+        // What is no table comes before the first table.
+        let config = format!(
+            "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\n{rest}\n[grpc]\naddress = \"{0}/sock\"\n",
+            folder.path().display()
+        );
+        fs::write(folder.path().join("config.toml"), config)?;
+        let daemon = self.spawn(folder.path())?;
+        let containerd = Containerd { folder, setup: self, daemon };
+        containerd.wait_until_ready()?;
+        let image = Path::new(SHARE).join("image.tar");
+        run(containerd.ctr().args(["images", "import"]).arg(image))?.ok().context("importing the images")?;
+        Ok(containerd)
     }
 
-    /// The same, with its folder in `parent`.
-    pub fn start_in(parent: &Path) -> Result<Containerd> {
-        let folder = tempfile::Builder::new().prefix("ctd").tempdir_in(parent)?;
-        let config = folder.path().join("config.toml");
-        fs::write(
-            &config,
-            format!(
-                "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\n\
-                 disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{0}/sock\"\n",
-                folder.path().display()
-            ),
-        )?;
-        let log = fs::File::create(folder.path().join("log"))?;
-        let path = std::env::var("PATH").unwrap_or_default();
-        let daemon = Command::new("containerd")
+    fn spawn(&self, folder: &Path) -> Result<Child> {
+        let log = fs::File::options().create(true).append(true).open(folder.join("log"))?;
+        Command::new("containerd")
             .arg("--config")
-            .arg(&config)
-            .env("PATH", format!("{BIN}:{path}"))
+            .arg(folder.join("config.toml"))
+            .env("PATH", self.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .context("starting containerd")?;
-        let containerd = Containerd { folder, daemon };
-        wait_until("containerd answers", || Ok(run(containerd.ctr().arg("version"))?.code == 0))?;
-        let image = Path::new(SHARE).join("image.tar");
-        run(containerd.ctr().args(["images", "import"]).arg(image))?.ok().context("importing the image")?;
-        Ok(containerd)
+            .context("starting containerd")
+    }
+
+    /// Where programs are found: ours, then those of the asked release.
+    fn path(&self) -> String {
+        let path = std::env::var("PATH").unwrap_or_default();
+        match &self.release {
+            Some(release) => format!("{BIN}:/opt/containerd/{release}/usr/bin:{path}"),
+            None => format!("{BIN}:{path}"),
+        }
+    }
+}
+
+impl Containerd {
+    /// Starts the lab's containerd, without CRI.
+    pub fn start() -> Result<Containerd> {
+        Setup::default().start()
+    }
+
+    /// The same, with its folder in `parent`.
+    pub fn start_in(parent: &Path) -> Result<Containerd> {
+        Setup { parent: parent.to_owned(), ..Setup::default() }.start()
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        wait_until("containerd answers", || Ok(run(self.ctr().arg("version"))?.code == 0))
+    }
+
+    /// `kill -9` for the daemon; what it started goes on.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.kill().context("killing containerd")?;
+        self.daemon.wait()?;
+        Ok(())
+    }
+
+    /// An orderly end of the daemon; what it started goes on.
+    pub fn stop(&mut self) -> Result<()> {
+        run(Command::new("kill").args(["-TERM", &self.daemon.id().to_string()]))?.ok()?;
+        self.daemon.wait()?;
+        Ok(())
+    }
+
+    /// A new daemon in the place of one that has ended, which finds what the old one knew.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.daemon = self.setup.spawn(self.folder.path())?;
+        self.wait_until_ready()
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("sock")
     }
 
     /// A `ctr` that talks to this containerd.
     pub fn ctr(&self) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.folder.path().join("sock")).args(["--namespace", "test"]);
+        command.env("PATH", self.setup.path());
+        command.arg("--address").arg(self.socket()).args(["--namespace", self.setup.namespace]);
         command
     }
 
@@ -116,7 +193,7 @@ impl Containerd {
 
     /// The bundle of a task.
     pub fn bundle(&self, id: &str) -> PathBuf {
-        self.folder.path().join("state/io.containerd.runtime.v2.task/test").join(id)
+        self.folder.path().join("state/io.containerd.runtime.v2.task").join(self.setup.namespace).join(id)
     }
 }
 

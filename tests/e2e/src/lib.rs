@@ -13,7 +13,7 @@ pub mod vm;
 
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
-pub use containerd::Containerd;
+pub use containerd::{Containerd, Setup};
 pub use small_fs::SmallFs;
 pub use tap::Tap;
 

@@ -70,10 +70,25 @@ pub fn bench() -> Result<PathBuf> {
     Ok(target().join("release/ctvm-bench"))
 }
 
+/// The program of the conformance cases.
+pub fn conformance() -> Result<PathBuf> {
+    run(cargo("build").args(["--bins", "--package", "cri"]))?;
+    Ok(target().join("debug/ctvm-conformance"))
+}
+
 /// The end-to-end tests, by name.
 pub fn lab_tests() -> Result<Vec<(String, PathBuf)>> {
     let mut command = cargo("test");
-    command.args(["--package", "e2e", "--features", "lab", "--no-run", "--message-format=json"]);
+    command.args([
+        "--package",
+        "e2e",
+        "--package",
+        "cri",
+        "--features",
+        "lab",
+        "--no-run",
+        "--message-format=json",
+    ]);
     let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
     ensure!(output.status.success(), "cargo: {}", output.status);
     let mut tests = Vec::new();

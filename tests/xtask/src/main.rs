@@ -4,6 +4,7 @@ mod apt;
 mod bench;
 mod build;
 mod cache;
+mod conformance;
 mod container_image;
 mod demo;
 mod fuzz;
@@ -39,6 +40,8 @@ enum Task {
     Test(test::Options),
     /// Measure ctvm beside its peers
     Bench(bench::Options),
+    /// Walk through CRI's cases and write the table of them
+    Conformance(conformance::Options),
     /// Build the guest kernel; prints its path last
     Kernel,
     /// Build the guest image; prints its path last
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
             Task::Demo => demo::main(&cache),
             Task::Test(options) => test::main(&cache, options),
             Task::Bench(options) => bench::main(&cache, options),
+            Task::Conformance(options) => conformance::main(&cache, options),
             Task::Kernel => kernel(&cache),
             Task::Rootfs => rootfs(&cache),
             Task::Lab(options) => lab::main(&cache, options),

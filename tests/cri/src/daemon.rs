@@ -1,0 +1,95 @@
+//! A containerd with CRI, a CNI network of its own, and two runtimes: ours and runc.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use anyhow::{Context, Result};
+use e2e::{Containerd, Setup};
+
+use crate::Cri;
+
+/// Numbers the networks, so that daemons of one machine do not meet.
+static NETWORKS: AtomicU8 = AtomicU8::new(0);
+
+/// A running containerd and a client of its CRI.
+#[derive(Debug)]
+pub struct Daemon {
+    /// The daemon.
+    pub containerd: Containerd,
+    /// The client.
+    pub cri: Cri,
+}
+
+impl Daemon {
+    /// Starts the given release (`1.6`, `1.7`, `2.1`), or the lab's own.
+    pub fn start(release: Option<&str>) -> Result<Daemon> {
+        let setup = Setup {
+            release: release.map(str::to_owned),
+            namespace: "k8s.io",
+            config: configuration,
+            ..Setup::default()
+        };
+        let containerd = setup.start()?;
+        let cri = Cri::connect(&containerd.socket())?;
+        for image in [e2e::IMAGE, "ctvm.local/pause:latest"] {
+            e2e::command::wait_until("CRI sees the imported image", || cri.has_image(image))?;
+        }
+        Ok(Daemon { containerd, cri })
+    }
+}
+
+impl Daemon {
+    /// A new containerd in the place of one that has ended, and a new client for it.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.containerd.start_again()?;
+        self.cri = Cri::connect(&self.containerd.socket())?;
+        // The socket is there before CRI has found its pods again.
+        e2e::command::wait_until("CRI answers", || Ok(self.cri.pods().is_ok()))
+    }
+}
+
+fn configuration(folder: &Path) -> Result<String> {
+    let cni = folder.join("cni");
+    fs::create_dir_all(&cni).context("make the CNI folder")?;
+    let number = NETWORKS.fetch_add(1, Ordering::Relaxed);
+    let name = format!("cni{}x{number}", std::process::id());
+    let network = serde_json::json!({
+        "cniVersion": "0.4.0",
+        "name": name,
+        "plugins": [
+            {
+                "type": "bridge", "bridge": name, "isGateway": true, "ipMasq": false, "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": folder.join("ipam"),
+                    "ranges": [[{"subnet": format!("10.{}.{number}.0/24", 100 + std::process::id() % 100)}],
+                               [{"subnet": format!("fd{:02x}:{number:x}::/64", std::process::id() % 256)}]],
+                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    });
+    fs::write(cni.join("10-bridge.conflist"), serde_json::to_vec_pretty(&network)?)?;
+    Ok(format!(
+        r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "ctvm.local/pause:latest"
+  disable_apparmor = true
+  restrict_oom_score_adj = false
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{}"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "ctvm"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm]
+      runtime_type = "io.containerd.ctvm.v2"
+      privileged_without_host_devices = true
+      pod_annotations = ["ctvm.*", "io.katacontainers.*"]
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+"#,
+        cni.display()
+    ))
+}

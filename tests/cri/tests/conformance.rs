@@ -1,0 +1,23 @@
+//! Every case under our runtime ends as `tests/CONFORMANCE.md` says, which `cargo xtask conformance` writes.
+#![cfg(feature = "lab")]
+
+use anyhow::Result;
+use cri::cases::Ground;
+use cri::{Daemon, report};
+
+const TABLE: &str = include_str!("../../CONFORMANCE.md");
+
+#[test]
+fn every_case_ends_as_the_table_says() -> Result<()> {
+    let daemon = Daemon::start(Some("1.7"))?;
+    let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm".into() };
+    let outcomes = report::run(&ground, true, "");
+    let column = report::column("ctvm", "1.7");
+    let different: Vec<String> = outcomes
+        .iter()
+        .filter(|(name, outcome)| report::lookup(TABLE, &column, name) != Some(outcome.word()))
+        .map(|(name, outcome)| format!("{name}: {outcome:?}"))
+        .collect();
+    assert!(different.is_empty(), "not as in tests/CONFORMANCE.md:\n{}", different.join("\n"));
+    Ok(())
+}
