@@ -68,6 +68,7 @@ const MAY: &[(&str, &[&str])] = &[
         ],
     ),
     ("tap", &[]),
+    ("sk-lookup", &[]),
 ];
 
 /// Plain libraries that carry no design with them.
