@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::Shutdown;
+use nix::sys::socket::{MsgFlags, Shutdown, send};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
@@ -71,9 +71,10 @@ impl Fd {
     /// Writes all of `buf`, waiting for room as needed.
     pub async fn write_all(&self, mut buf: &[u8]) -> io::Result<()> {
         while !buf.is_empty() {
-            self.wait_writable().await?;
-            let n = self.try_write(buf)?;
-            buf = &buf[n..];
+            match self.try_write(buf)? {
+                0 => self.wait_writable().await?,
+                n => buf = &buf[n..],
+            }
         }
         Ok(())
     }
@@ -81,6 +82,26 @@ impl Fd {
     /// Waits until there is room to write, or an error to learn of.
     pub async fn wait_writable(&self) -> io::Result<()> {
         self.0.writable().await.map(drop)
+    }
+
+    /// Waits until the peer of a socket takes nothing any more, and says why. Forgets that there is room to write, so
+    /// whoever writes meanwhile must be this waiter's own task.
+    pub async fn wait_gone(&self) -> io::Error {
+        loop {
+            let mut guard = match self.0.writable().await {
+                Ok(guard) => guard,
+                Err(error) => return error,
+            };
+            // No bytes: the kernel says what it would say to some.
+            if let Err(errno) = send(self.0.as_raw_fd(), &[], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)
+            {
+                return errno.into();
+            }
+            if guard.ready().is_write_closed() {
+                return io::ErrorKind::BrokenPipe.into();
+            }
+            guard.clear_ready();
+        }
     }
 
     /// Ends this side's direction of a socket; the peer reads to the end and may go on sending.

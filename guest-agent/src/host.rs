@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_api::stream::StreamId;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, connect, getsockopt, socket,
@@ -48,6 +49,16 @@ impl Host {
             0 => Ok(connection),
             error => Err(io::Error::from_raw_os_error(error)),
         }
+    }
+
+    /// Connects a stream and says which it is.
+    ///
+    /// # Errors
+    /// As [`Self::dial_now`].
+    pub async fn dial_stream(&self, id: StreamId) -> io::Result<Fd> {
+        let stream = self.dial(agent_api::STREAM_PORT).await?;
+        stream.write_all(&id.hello()).await?;
+        Ok(stream)
     }
 
     fn open(&self, port: u32, flags: SockFlag) -> io::Result<OwnedFd> {

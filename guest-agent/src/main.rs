@@ -1,7 +1,7 @@
 //! PID 1 of the guest: runs containers for the shim.
 //!
 //! ```text
-//! main ─ boot (marks, mounts, the end) ─ connection ─┬─ sandbox   the guest as a whole
+//! main ─ boot (marks, mounts, the end) ─ connection ─┬─ sandbox ─ forward   the guest as a whole
 //!                                                    └─ tasks ─ container ─┬─ process ─ reaper
 //!                                                                          ├─ stdio ─ host, fd
 //!                                                                          └─ launch ─ payload ─ libcontainer
@@ -17,6 +17,7 @@ mod connection;
 mod container;
 mod errors;
 mod fd;
+mod forward;
 mod host;
 mod launch;
 mod log_stream;
@@ -111,7 +112,7 @@ async fn serve(connection: OwnedFd, host: &Host, timeline: Timeline) -> std::io:
     let reaper = Arc::new(Reaper::default());
     let end = Arc::new(Notify::new());
     let tasks = Arc::new(Tasks::new(Guest { host: host.clone(), reaper: reaper.clone() }));
-    let sandbox = Arc::new(GuestSandbox::new(timeline, tasks.clone(), end.clone()));
+    let sandbox = Arc::new(GuestSandbox::new(timeline, host.clone(), tasks.clone(), end.clone()));
     let services = [agent_api::task::create_task(tasks), agent_api::sandbox::create_sandbox(sandbox)];
     let _server = connection::serve(Fd::new(connection)?, services, end.clone())
         .await

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use agent_api::sandbox::{
-    InfoRequest, InfoResponse, OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse,
-    ShutdownRequest, ShutdownResponse,
+    ForwardRequest, ForwardResponse, InfoRequest, InfoResponse, OomKillsRequest, OomKillsResponse, Sandbox,
+    SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
 };
 use agent_api::ttrpc::r#async::TtrpcContext;
 use agent_api::ttrpc::{self, Code};
@@ -18,9 +18,10 @@ use nix::time::{ClockId, clock_settime};
 use tokio::sync::Notify;
 
 use crate::boot::Timeline;
+use crate::host::Host;
 use crate::launch::chain;
 use crate::tasks::Tasks;
-use crate::{log_stream, mounts, network, sys};
+use crate::{forward, log_stream, mounts, network, sys};
 
 /// How long the answer to Shutdown may take on its way before the machine goes.
 const FAREWELL: Duration = Duration::from_millis(50);
@@ -30,6 +31,8 @@ const FAREWELL: Duration = Duration::from_millis(50);
 pub struct GuestSandbox {
     /// When it started.
     pub timeline: Timeline,
+    /// Where its streams go.
+    pub host: Host,
     /// Its containers.
     pub tasks: Arc<Tasks>,
     /// Told when the machine shall go.
@@ -55,9 +58,10 @@ enum SetupError {
 
 impl GuestSandbox {
     /// A guest that has just started.
-    pub fn new(timeline: Timeline, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
+    pub fn new(timeline: Timeline, host: Host, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
         Self {
             timeline,
+            host,
             tasks,
             farewell,
             kernel_log: AtomicBool::new(false),
@@ -134,6 +138,13 @@ impl Sandbox for GuestSandbox {
     async fn oom_kills(&self, _: &TtrpcContext, request: OomKillsRequest) -> ttrpc::Result<OomKillsResponse> {
         let (kills, ended) = self.tasks.container(&request.id)?.oom_kills(request.beyond).await?;
         Ok(OomKillsResponse { kills, ended, ..Default::default() })
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
+        forward::open(&self.host, &request)
+            .await
+            .map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error))))?;
+        Ok(ForwardResponse::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

@@ -216,12 +216,7 @@ impl Flow {
 
 async fn connect(host: &Host, id: Option<StreamId>) -> Result<Option<Fd>, StdioError> {
     let Some(id) = id else { return Ok(None) };
-    let open = async {
-        let stream = host.dial(agent_api::STREAM_PORT).await?;
-        stream.write_all(&id.hello()).await?;
-        Ok(stream)
-    };
-    open.await.map(Some).map_err(|error| StdioError::Dial(id, error))
+    host.dial_stream(id).await.map(Some).map_err(|error| StdioError::Dial(id, error))
 }
 
 fn null() -> io::Result<(OwnedFd, Option<Fd>)> {
@@ -241,7 +236,7 @@ fn output((uid, gid): (Uid, Gid)) -> io::Result<(OwnedFd, Option<Fd>)> {
 }
 
 /// One step of a pump that did not have to wait.
-enum Step {
+pub enum Step {
     /// Bytes were read; these are what the destination had no room for.
     Moved(Vec<u8>),
     /// Nothing to read now.
@@ -250,7 +245,8 @@ enum Step {
     End,
 }
 
-fn step(from: &Fd, to: &Fd) -> io::Result<Step> {
+/// Reads once and writes once.
+pub fn step(from: &Fd, to: &Fd) -> io::Result<Step> {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.resize(CHUNK, 0);
         let n = match from.try_read(scratch) {

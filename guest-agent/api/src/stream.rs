@@ -6,6 +6,8 @@
 //! the connection named by `stdout`. A half-close ends a direction. The agent dials before it answers `Create` or
 //! `Exec`, so the shim sees every connection of a process at the latest with that answer (they may come in any
 //! order and from several processes at once).
+//!
+//! A forwarded connection (`Sandbox.Forward`) is such a stream as well, both ways.
 
 use std::fmt;
 use std::str::FromStr;
