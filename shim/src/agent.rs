@@ -4,7 +4,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use agent_api::sandbox::{OomKillsRequest, OomKillsResponse, SandboxClient, SetupRequest, SetupResponse};
+use agent_api::sandbox::{
+    ForwardRequest, OomKillsRequest, OomKillsResponse, SandboxClient, SetupRequest, SetupResponse,
+};
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
     PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StartRequest, StatsRequest,
@@ -156,6 +158,11 @@ impl Agent {
     pub async fn more_oom_kills(&self, id: &str, seen: u64) -> Result<OomKillsResponse, AgentError> {
         let request = OomKillsRequest { id: id.to_owned(), beyond: Some(seen), ..OomKillsRequest::default() };
         self.sandbox.oom_kills(Context::default(), &request).await.map_err(|e| named("OomKills", e))
+    }
+
+    /// `Sandbox.Forward`. The stream is dialled when it answers.
+    pub async fn forward(&self, request: &ForwardRequest) -> Result<(), AgentError> {
+        self.within("Forward", self.sandbox.forward(self.context(), request)).await.map(drop)
     }
 
     /// `Task.ResizePty`.

@@ -3,6 +3,7 @@
 
 mod daemon;
 mod fake;
+mod forward;
 mod verbs;
 
 use std::fs;

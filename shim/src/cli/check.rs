@@ -55,7 +55,8 @@ pub fn findings() -> Vec<Finding> {
     all.push(guest_file("kernel", &config.kernel, kernel_kind, "cargo xtask kernel"));
     all.push(guest_file("image", &config.image, image_kind, "cargo xtask rootfs"));
     all.extend([shim_binary(), containerd(), cri_registration(), user(), mounts()]);
-    all.extend([overlay(), taps(), control_groups(), memory(&config), huge_pages(&config)]);
+    all.extend([overlay(), taps(), port_forward(), control_groups()]);
+    all.extend([memory(&config), huge_pages(&config)]);
     all
 }
 
@@ -263,6 +264,23 @@ fn taps() -> Finding {
             "taps",
             format!("/dev/net/tun: {e}: a pod with network interfaces will not start"),
             "modprobe tun; the kernel's sch_ingress, cls_u32 and act_mirred are wanted, too",
+        ),
+    }
+}
+
+/// Steering connections to a pod's loopback into its VM (a BPF program of type `sk_lookup`, Linux 5.9).
+fn port_forward() -> Finding {
+    match sk_lookup::probe() {
+        Ok(()) => good("port-forward", "the kernel steers connections by sk_lookup"),
+        Err(e) if e.source.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => poor(
+            "port-forward",
+            "not tried: needs CAP_BPF and CAP_NET_ADMIN",
+            "run ctvm check as root; a shim without them starts pods without port-forward",
+        ),
+        Err(e) => poor(
+            "port-forward",
+            format!("{}: pods start without it", crate::error::chain(&e)),
+            "Linux 5.9 or later with CONFIG_BPF_SYSCALL is needed",
         ),
     }
 }

@@ -28,6 +28,7 @@ pub mod cgroup;
 pub mod console;
 pub mod control;
 pub mod create;
+pub mod forward;
 pub mod guest_log;
 pub mod lifecycle;
 pub mod net;
@@ -139,7 +140,11 @@ impl Sandbox {
             Ok(vm) => {
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
-                tokio::spawn(self.clone().watch_vm(vm));
+                tokio::spawn(self.clone().watch_vm(vm.clone()));
+                // A namespace without a name is nobody's to enter.
+                if let Some(namespace) = overview.network().filter(|path| !path.as_os_str().is_empty()) {
+                    tokio::spawn(forward::serve(vm, namespace.to_owned()));
+                }
             }
             Err(e) => self.boot_failed(e),
         }

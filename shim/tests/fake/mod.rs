@@ -26,7 +26,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_api::sandbox::{
-    OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse, create_sandbox,
+    ForwardRequest, ForwardResponse, OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse,
+    create_sandbox,
 };
 use agent_api::stream::StreamId;
 use agent_api::task::{
@@ -49,6 +50,10 @@ use vmm_api::{
 
 /// What `fake=slow` waits: any test's patience with a create is far below it.
 const SLOW: Duration = Duration::from_millis(500);
+
+/// The port on which the guest has no server. On every other one, a server says the port and whether it was asked for
+/// by IPv6, and then what it was told.
+pub const REFUSED_PORT: u32 = 9;
 
 /// Directories that the shim shows to the guest, by name.
 type Shares = Arc<Mutex<HashMap<String, OwnedFd>>>;
@@ -295,6 +300,24 @@ impl Sandbox for Fake {
         let (kills, ended) = (*kills.borrow(), exit.borrow().is_some());
         Ok(OomKillsResponse { kills, ended, ..Default::default() })
     }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
+        if request.port == REFUSED_PORT {
+            return Err(refused(ttrpc::Code::FAILED_PRECONDITION, "no server on that port"));
+        }
+        let mut stream = dial(&self.control, STREAM_PORT);
+        stream.write_all(&StreamId(request.stream).hello()).unwrap();
+        // A client that goes breaks it off.
+        std::thread::spawn(move || drop(serve(stream, &request)));
+        Ok(ForwardResponse::new())
+    }
+}
+
+/// The server behind a forwarded connection, until its client has no more to say.
+fn serve(mut stream: UnixStream, request: &ForwardRequest) -> std::io::Result<()> {
+    stream.write_all(format!("{} {}\n", request.port, request.ipv6).as_bytes())?;
+    std::io::copy(&mut stream.try_clone()?, &mut stream)?;
+    Ok(())
 }
 
 #[async_trait]

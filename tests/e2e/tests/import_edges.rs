@@ -63,6 +63,7 @@ const MAY: &[(&str, &[&str])] = &[
             "sha2",
             "command-fds",
             "tap",
+            "sk-lookup",
             "rtnetlink",
             "futures-util",
         ],

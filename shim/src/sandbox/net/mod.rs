@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use agent_api::sandbox::NetworkStep;
 use serde::{Deserialize, Serialize};
 
+pub use namespace::within;
 pub use scan::Interface;
 
 /// Most interfaces of a pod, the loopback apart (as many as a VM has network devices).
