@@ -7,6 +7,7 @@
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod netns;
 pub mod small_fs;
 pub mod tap;
 pub mod vm;
@@ -14,6 +15,7 @@ pub mod vm;
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
 pub use containerd::{Containerd, Setup};
+pub use netns::Netns;
 pub use small_fs::SmallFs;
 pub use tap::Tap;
 

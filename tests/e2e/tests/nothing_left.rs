@@ -1,10 +1,13 @@
 //! What is left after a sandbox ended, well or badly: nothing.
 #![cfg(feature = "lab")]
 
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpStream;
+
 use anyhow::Result;
-use e2e::command::wait_until;
+use e2e::command::{LIMIT, wait_until};
 use e2e::containerd::{kill_9, pids_of};
-use e2e::{Census, Containerd, SmallFs, run};
+use e2e::{Census, Containerd, Netns, SmallFs, run};
 
 const SHIM: &str = "containerd-shim-ctvm-v2";
 const VMM: &str = "ctvm-vmm";
@@ -82,6 +85,46 @@ fn a_container_that_fills_its_root_gets_an_error_and_others_go_on() -> Result<()
         assert_eq!(containerd.run(&["--rm"], "after", &["true"])?.code, 0);
     }
     before.settle()
+}
+
+#[test]
+fn nothing_is_left_of_a_port_forward() -> Result<()> {
+    let containerd = Containerd::start()?;
+    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    for (id, victim) in [("forward-ends", None), ("forward-shim", Some(SHIM)), ("forward-vmm", Some(VMM))] {
+        let namespace = Netns::make(id)?;
+        let before = Census::take()?;
+        let options = ["-d", "--with-ns", &namespace.option()];
+        containerd.run(&options, id, &["nc", "-ll", "-p", "7", "-e", "cat"])?.ok()?;
+        containerd.wait_for(id, "RUNNING")?;
+        let mut connection = None;
+        wait_until("the server echoes", || {
+            let dialled = namespace.within(|| Ok(TcpStream::connect("127.0.0.1:7")?));
+            let Ok(mut dialled) = dialled else { return Ok(false) };
+            dialled.set_read_timeout(Some(LIMIT))?;
+            let echoed = dialled.write_all(b"x").and_then(|()| dialled.read_exact(&mut [0])).is_ok();
+            connection = Some(dialled);
+            Ok(echoed)
+        })?;
+        assert_eq!(namespace.run("ss -Htln")?.lines().count(), 2, "a listener for each family");
+        match victim {
+            Some(victim) => pids_of(victim)?.into_iter().try_for_each(kill_9)?,
+            None => drop(containerd.task(&["kill", "--signal", "KILL", id])?.ok()?),
+        }
+        // The client is told, whatever ended it.
+        let end = connection.expect("the last one that was dialled").read(&mut [0]);
+        assert!(matches!(&end, Ok(0)) || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset));
+        wait_until("the task is no longer running", || {
+            Ok(containerd.status(id)?.as_deref() != Some("RUNNING"))
+        })?;
+        containerd.remove(id)?;
+        before.settle()?;
+        wait_until("no listener is left", || Ok(namespace.run("ss -Htln")?.is_empty()))?;
+        // Nobody steers any more: the kernel itself says that nobody listens.
+        let refused = namespace.within(|| Ok(TcpStream::connect("127.0.0.1:7")))?;
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
+    Ok(())
 }
 
 /// A bind mount over an existing folder; unmounted when dropped.
