@@ -12,7 +12,8 @@
 //! where it is appended to, and 16 KiB of its stream pass through here at a time.
 //!
 //! Both ends of an output fifo are held open, so that a client may come and go without the writer failing or the
-//! reader seeing the end. Of an input fifo the writing end is held until `CloseIO`: a client that reconnects does not
+//! reader seeing the end. When a process has ended, the reading end alone is kept until it is deleted: a containerd that was
+//! away meanwhile still finds what is in the pipe, and then its end. Of an input fifo the writing end is held until `CloseIO`: a client that reconnects does not
 //! end the input.
 
 use std::fs::{File, OpenOptions};
@@ -118,6 +119,8 @@ pub struct Fifos {
     stdout: Option<Output>,
     stderr: Option<Output>,
     logger: Option<Logger>,
+    /// Reading ends of the output fifos.
+    unread: Vec<OwnedFd>,
 }
 
 /// Where an output goes.
@@ -162,7 +165,13 @@ impl Fifos {
             stdout: output("stdout", stdout)?,
             stderr: output("stderr", stderr)?,
             logger: None,
+            unread: Vec::new(),
         };
+        for (name, path) in [("stdout", stdout), ("stderr", stderr)] {
+            if path.starts_with('/') {
+                fifos.unread.push(open_fifo(name, path, true, false)?);
+            }
+        }
         if let Some(uri) = [stdout, stderr].into_iter().find(|uri| is_logger(uri)) {
             let started = Logger::start(uri, owner).await;
             let (logger, inputs) =
@@ -225,6 +234,7 @@ pub struct Copying {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
     logger: Option<Logger>,
+    unread: Vec<OwnedFd>,
     moved: Arc<AtomicU64>,
 }
 
@@ -236,6 +246,7 @@ impl Copying {
     pub fn start(fifos: Fifos, streams: Streams, terminal: bool) -> std::io::Result<Self> {
         let mut copying = Copying::default();
         copying.logger = fifos.logger;
+        copying.unread = fifos.unread;
         let stdout = streams.stdout.map(stream_fd).transpose()?.map(Arc::new);
         let input =
             if terminal { stdout.clone() } else { streams.stdin.map(stream_fd).transpose()?.map(Arc::new) };
@@ -322,6 +333,7 @@ impl Copying {
             task.abort();
         }
         self.logger = None;
+        self.unread.clear();
     }
 }
 
@@ -572,5 +584,25 @@ mod tests {
         assert!(text.contains("starting \"/no/such\": No such file"), "{text}");
         let stdin = Stdio { stdin: "file:///etc/passwd".into(), ..Stdio::default() };
         assert!(matches!(Fifos::open(&stdin, OWNER).await, Err(IoError::Scheme { stream: "stdin", .. })));
+    }
+
+    #[tokio::test]
+    async fn output_waits_for_a_reader_that_comes_after_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir, "out");
+        let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
+        let fifos = Fifos::open(&stdio, Owner { namespace: "n", id: "c" }).await.unwrap();
+        let (ours, mut guests) = UnixStream::pair().unwrap();
+        let streams = Streams { stdout: Some(ours), ..Streams::default() };
+        let mut copying = Copying::start(fifos, streams, false).unwrap();
+        guests.write_all(b"last words").unwrap();
+        drop(guests);
+        assert!(copying.drain(Duration::from_secs(10), Duration::from_secs(10)).await);
+        // As containerd opens it; without a writer, another open would wait for one.
+        let reader = open_fifo("stdout", path.to_str().unwrap(), true, false).unwrap();
+        let mut text = String::new();
+        File::from(reader).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+        copying.stop();
     }
 }

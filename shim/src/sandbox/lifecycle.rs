@@ -157,12 +157,15 @@ impl Sandbox {
         vm.agent.resize_pty(&request).await.map_err(|e| self.explained(e))
     }
 
-    /// Processes in a container, by the guest's numbers; none when the VM is gone, which tells containerd to clean up.
+    /// Processes in a container, by the guest's numbers; its own, on the host, of a container that has ended.
     ///
     /// # Errors
     /// [`TaskError::NoContainer`] and whatever the agent says.
     pub async fn pids(&self, id: &str) -> Result<agent_api::task::PidsResponse, TaskError> {
-        self.process(id, "")?;
+        let (container, init) = self.process(id, "")?;
+        if matches!(init.phase(), Phase::Stopped(_)) {
+            return Ok(zombie(container.pid()));
+        }
         let Some(vm) = self.running_vm() else { return Ok(agent_api::task::PidsResponse::new()) };
         vm.agent.pids(id).await.map_err(|e| self.explained(e))
     }
@@ -241,6 +244,13 @@ impl Sandbox {
         }
         error.into()
     }
+}
+
+/// A process that has ended keeps its number until it is deleted, as on any Linux. A containerd that is started anew
+/// takes a task without processes for one that was never made, and throws its exit code away.
+fn zombie(pid: u32) -> agent_api::task::PidsResponse {
+    let process = agent_api::task::ProcessInfo { pid, ..Default::default() };
+    agent_api::task::PidsResponse { processes: vec![process], ..Default::default() }
 }
 
 /// The exit code of what ended with its VM. A VM without its agent is of no use to anyone, so it is stopped.
