@@ -33,6 +33,11 @@ pub fn path_in_hierarchy(id: &str) -> String {
     format!("/{PARENT}/{id}")
 }
 
+/// The group of all containers.
+pub fn of_all() -> PathBuf {
+    Path::new(ROOT).join(PARENT)
+}
+
 /// Whether the kernel accounts swap.
 pub fn has_swap() -> bool {
     Path::new(ROOT).join(PARENT).join("memory.swap.max").exists()

@@ -21,7 +21,7 @@ use crate::boot::Timeline;
 use crate::host::Host;
 use crate::launch::chain;
 use crate::tasks::Tasks;
-use crate::{forward, log_stream, mounts, network, sys};
+use crate::{forward, log_stream, mounts, network, sys, sysctl};
 
 /// How long the answer to Shutdown may take on its way before the machine goes.
 const FAREWELL: Duration = Duration::from_millis(50);
@@ -54,6 +54,10 @@ enum SetupError {
     Share(#[from] mounts::MountError),
     #[error(transparent)]
     Network(#[from] network::NetworkError),
+    #[error(transparent)]
+    Sysctl(#[from] sysctl::SysctlError),
+    #[error("cannot write file {name:?} of the pod")]
+    File { name: String, source: io::Error },
 }
 
 impl GuestSandbox {
@@ -92,6 +96,10 @@ impl GuestSandbox {
         // Once: devices that are up cannot be renamed.
         if !self.network.swap(true, Ordering::Relaxed) {
             network::apply(&request.network)?;
+        }
+        sysctl::set(&request.sysctls)?;
+        for (name, content) in &request.files {
+            write_file(name, content).map_err(|source| SetupError::File { name: name.clone(), source })?;
         }
         Ok(())
     }
@@ -156,6 +164,16 @@ impl Sandbox for GuestSandbox {
         });
         Ok(ShutdownResponse::new())
     }
+}
+
+/// Puts a file where containers can bind it.
+fn write_file(name: &str, content: &[u8]) -> io::Result<()> {
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let dir = Path::new(agent_api::FILES_PATH);
+    std::fs::create_dir_all(dir)?;
+    std::fs::write(dir.join(name), content)
 }
 
 fn kernel_release() -> String {

@@ -26,10 +26,10 @@ const IPC: [&str; 8] = [
 #[derive(Debug, thiserror::Error)]
 pub enum SysctlError {
     /// Not a parameter's name.
-    #[error("linux.sysctl {0:?} is not the name of a kernel parameter")]
+    #[error("sysctl {0:?} is not the name of a kernel parameter")]
     Name(String),
     /// The kernel refused.
-    #[error("linux.sysctl {name:?} cannot be set to {value:?}")]
+    #[error("sysctl {name:?} cannot be set to {value:?}")]
     Set {
         /// Its name.
         name: String,
@@ -48,16 +48,21 @@ pub fn apply(spec: &mut Spec) -> Result<(), SysctlError> {
     let all = linux.sysctl().clone().unwrap_or_default();
     let (container, sandbox): (HashMap<_, _>, HashMap<_, _>) =
         all.into_iter().partition(|(name, _)| own_ipc && is_ipc(name));
-    for (name, value) in &sandbox {
-        let set = |path: PathBuf| std::fs::write(path, value);
-        set(file(name)?).map_err(|source| SysctlError::Set {
+    set(&sandbox)?;
+    linux.set_sysctl(Some(container).filter(|container| !container.is_empty()));
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+/// Sets parameters of the whole guest.
+pub fn set(parameters: &HashMap<String, String>) -> Result<(), SysctlError> {
+    for (name, value) in parameters {
+        std::fs::write(file(name)?, value).map_err(|source| SysctlError::Set {
             name: name.clone(),
             value: value.clone(),
             source,
         })?;
     }
-    linux.set_sysctl(Some(container).filter(|container| !container.is_empty()));
-    spec.set_linux(Some(linux));
     Ok(())
 }
 

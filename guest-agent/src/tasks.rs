@@ -22,7 +22,7 @@ use protobuf::{Message, MessageField};
 use crate::container::{Container, Guest};
 use crate::errors::TaskError;
 use crate::process::Phase;
-use crate::spec;
+use crate::{cgroup, spec, stats};
 
 /// Every container of the sandbox.
 #[derive(Debug)]
@@ -208,7 +208,10 @@ impl Task for Tasks {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let metrics = self.container(&request.id)?.stats();
+        let metrics = match request.id.as_str() {
+            "" => stats::of(&cgroup::of_all()),
+            id => self.container(id)?.stats(),
+        };
         let value = metrics.write_to_bytes().expect("a message of plain fields is always complete");
         let type_url = agent_api::METRICS_TYPE_URL.to_owned();
         let stats = MessageField::some(Any { type_url, value, ..Any::default() });

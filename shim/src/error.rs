@@ -69,6 +69,9 @@ pub enum TaskError {
     /// A task of ours broke down.
     #[error("the request's task failed: {0}")]
     Task(String),
+    /// A pod that cannot be made as asked.
+    #[error("sandbox: {0}")]
+    Pod(String),
     /// The sandbox is on its way out.
     #[error("the sandbox shuts down")]
     Closing,
@@ -100,7 +103,9 @@ impl TaskError {
             TaskError::Exists(_) => Code::ALREADY_EXISTS,
             TaskError::Phase { .. } => Code::FAILED_PRECONDITION,
             TaskError::Unimplemented(_) => Code::UNIMPLEMENTED,
-            TaskError::BadName(_) | TaskError::Request(_) | TaskError::Spec(_) => Code::INVALID_ARGUMENT,
+            TaskError::BadName(_) | TaskError::Request(_) | TaskError::Pod(_) | TaskError::Spec(_) => {
+                Code::INVALID_ARGUMENT
+            }
             TaskError::Bundle { source, .. } => os(source),
             TaskError::Stream(_) => Code::DEADLINE_EXCEEDED,
             TaskError::Watch(_) | TaskError::Task(_) => Code::INTERNAL,

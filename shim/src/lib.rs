@@ -24,6 +24,7 @@ pub mod events;
 pub mod info;
 pub mod logger;
 pub mod paths;
+pub mod pod_service;
 pub mod sandbox;
 pub mod serve;
 pub mod service;

@@ -16,8 +16,9 @@ use crate::config::Config;
 use crate::container::overview::Overview;
 use crate::events::Publisher;
 use crate::sandbox::Sandbox;
+use crate::sandbox::pod::Extras;
 use crate::vmm::ControlSlot;
-use crate::{clock, logger, paths, service};
+use crate::{clock, logger, paths, pod_service, service};
 
 /// How long the answer to `Shutdown` and the last events have to leave.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
@@ -39,9 +40,11 @@ pub fn run(args: &Args) -> Result<()> {
     let socket = listener.local_addr().context("the socket's name")?;
     let socket = socket.as_pathname().context("the socket has no name")?.to_owned();
 
-    let overview = Overview::parse(&std::fs::read("config.json").context("config.json")?)?;
+    let overview = Overview::of_bundle(Path::new("."))?;
     let mut config = Config::load(args.config.as_deref())?;
-    config.fit_to_pod(&overview)?;
+    if let Some(overview) = &overview {
+        config.fit_to_pod(overview)?;
+    }
     let level = if args.debug { log::LevelFilter::Debug } else { config.log_level.into() };
     logger::install(logger::open(Path::new(".")), &args.id, level);
     // A bundle's directory is removed while we still run.
@@ -62,7 +65,7 @@ async fn serve(
     listener: UnixListener,
     socket: &Path,
     config: Config,
-    overview: Overview,
+    overview: Option<Overview>,
     mut slot: ControlSlot,
     serving_us: u64,
 ) -> Result<()> {
@@ -78,10 +81,14 @@ async fn serve(
     for table in service::services(&sandbox) {
         server = server.register_service(table);
     }
+    server = server.register_service(pod_service::service(&sandbox));
+    if let Some(overview) = overview {
+        let (booting, config) = (sandbox.clone(), sandbox.config.clone());
+        tokio::spawn(async move { booting.boot(&overview, Extras::default(), config, &mut slot).await });
+    } else {
+        sandbox.await_pod(slot);
+    }
     server.start().await.context("serving")?;
-    let booting = sandbox.clone();
-    tokio::spawn(async move { booting.boot(&overview, &mut slot).await });
-
     sandbox.closed().await;
     events.flush(LAST_EVENTS).await;
     tokio::time::sleep(LAST_ANSWER).await;

@@ -34,7 +34,8 @@ pub fn run(args: &Args) -> Result<Vec<u8>> {
     let started_us = clock::monotonic_us();
     let max_version = std::env::var("MAX_SHIM_VERSION").ok();
     let asked = bootstrap::read(&standard_input()?, args, max_version.as_deref());
-    let overview = Overview::parse(&std::fs::read("config.json").context("config.json of the bundle")?)?;
+    // Without one there is no container: containerd will ask for a pod (Sandbox API).
+    let overview = Overview::of_bundle(Path::new("."))?.unwrap_or_default();
 
     let group = overview.group().unwrap_or(&args.id);
     if !crate::args::is_name(group) {

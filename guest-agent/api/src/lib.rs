@@ -16,6 +16,7 @@
 //! - `CreateTaskRequest.options` carries the OCI configuration ([`SPEC_TYPE_URL`], JSON bytes) with every path
 //!   already a path in the guest; `bundle` is not used.
 //! - `stdin`, `stdout` and `stderr` are `""` (`/dev/null`) or `stream:<decimal id>` ([`stream::StreamId`]).
+//! - `StatsRequest` without an id asks for all containers together.
 //! - There are no events: the shim holds one `Wait` a process, and one `OomKills` a container.
 //!
 //! Not here: how the host side of vsock is made (the VMM's business) and anything that touches a system call.
@@ -74,6 +75,9 @@ pub const CONTAINER_NAMESPACE: &str = "container:";
 pub const SANDBOX_SHM: &str = "ctvm-sandbox-shm";
 /// Where the agent mounts it.
 pub const SHM_PATH: &str = "/run/ctvm/shm";
+
+/// Where the agent puts `SetupRequest.files`.
+pub const FILES_PATH: &str = "/run/ctvm/pod";
 
 /// Tag of the one virtio-fs device.
 pub const SHARE_TAG: &str = "ctvm";

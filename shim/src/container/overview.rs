@@ -112,6 +112,18 @@ impl Overview {
         serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))
     }
 
+    /// That of the bundle, which has none where a pod is made by the Sandbox API.
+    ///
+    /// # Errors
+    /// [`SpecError::Json`].
+    pub fn of_bundle(bundle: &Path) -> Result<Option<Self>, SpecError> {
+        match std::fs::read(bundle.join("config.json")) {
+            Ok(config) => Self::parse(&config).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(SpecError::Json(e.to_string())),
+        }
+    }
+
     /// The network namespace of the pod: none for the host's own, an empty path for a new one.
     pub fn network(&self) -> Option<&Path> {
         let mut namespaces = self.linux.namespaces.iter();

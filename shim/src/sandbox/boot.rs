@@ -24,6 +24,7 @@ use crate::config::Config;
 use crate::sandbox::console::Console;
 use crate::sandbox::guest_log;
 use crate::sandbox::net::{Device, NetError, Network};
+use crate::sandbox::pod::Extras;
 use crate::sandbox::streams::Streams;
 use crate::sandbox::timeline::Timeline;
 use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
@@ -48,6 +49,8 @@ pub struct Plan {
     pub name: String,
     /// Name of the guest.
     pub hostname: String,
+    /// What else it gets.
+    pub extras: Extras,
 }
 
 /// A running VM.
@@ -240,7 +243,7 @@ async fn come_up(
     timeline.reached_at("agent ready", ready_us);
 
     let agent = Agent::new(connection, config.timeouts.agent()).map_err(|e| (Stage::Setup, e.into()))?;
-    let setup = setup_request(&plan.hostname, &network.steps)
+    let setup = setup_request(plan, &network.steps)
         .map_err(|source| (Stage::Setup, BootCause::Os { what: "reading entropy for the guest", source }))?;
     let response = agent.setup(&setup).await.map_err(|e| (Stage::Setup, e.into()))?;
     timeline.reached_at("kernel", init_started(&response, ready_us));
@@ -326,9 +329,11 @@ fn net_config(device: &Device, fd: u8) -> NetConfig {
     NetConfig { taps: vec![FdIndex(fd)], mac: device.mac, mtu: device.mtu }
 }
 
-fn setup_request(hostname: &str, network: &[NetworkStep]) -> std::io::Result<SetupRequest> {
+fn setup_request(plan: &Plan, network: &[NetworkStep]) -> std::io::Result<SetupRequest> {
     let mut request = SetupRequest::new();
-    request.hostname = hostname.to_owned();
+    request.hostname.clone_from(&plan.hostname);
+    request.sysctls.clone_from(&plan.extras.sysctls);
+    request.files.clone_from(&plan.extras.files);
     request.entropy = vec![0; ENTROPY];
     File::open("/dev/urandom")?.read_exact(&mut request.entropy)?;
     request.share_tag = SHARE_TAG.to_owned();
@@ -352,7 +357,7 @@ mod tests {
     #[test]
     fn the_vm_is_as_configured() {
         let config = Config { vcpus: 2, hugepages: true, cmdline: " debug ".into(), ..Config::default() };
-        let plan = Plan { config, name: "n".repeat(300), hostname: "h".into() };
+        let plan = Plan { config, name: "n".repeat(300), hostname: "h".into(), extras: Extras::default() };
         let vm = vm_config(&plan, &Network::default());
         assert_eq!((vm.vcpus, vm.memory.size_mib, vm.name.len()), (2, 256, 128));
         assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);

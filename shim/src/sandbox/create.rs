@@ -25,6 +25,7 @@ use crate::error::TaskError;
 use crate::events::Event;
 use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
+use crate::sandbox::pod;
 use crate::sandbox::streams::Expected;
 
 /// How long the guest has to dial a stream after it said that a process is made. It dials first, so this is for
@@ -113,6 +114,9 @@ impl Sandbox {
         let mut guest = spec::for_guest(&config, overview.role(), place)?;
         if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(SHM_SIZE)) {
             guest.set_shm_size(size);
+        }
+        if self.is_pod() {
+            pod::add_mounts(&mut guest.config);
         }
         for warning in &guest.warnings {
             log::warn!("container {id}: {warning}");

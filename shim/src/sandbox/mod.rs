@@ -19,6 +19,8 @@ use crate::error::TaskError;
 use crate::events::Publisher;
 use crate::sandbox::boot::{BootError, Plan, Stage, Vm};
 use crate::sandbox::net::{Joined, NetError, Network};
+use crate::sandbox::pod::Extras;
+use crate::sandbox::pod_life::PodLife;
 use crate::sandbox::state_file::{ProcessId, State};
 use crate::sandbox::timeline::Timeline;
 use crate::vmm::ControlSlot;
@@ -33,6 +35,8 @@ pub mod guest_log;
 pub mod lifecycle;
 pub mod net;
 pub mod oom;
+pub mod pod;
+pub mod pod_life;
 pub mod state_file;
 pub mod streams;
 pub mod timeline;
@@ -54,6 +58,8 @@ pub struct Sandbox {
     vm: watch::Sender<Progress>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     closing: watch::Sender<Closing>,
+    /// For a sandbox of the Sandbox API alone.
+    pod: Mutex<Option<PodLife>>,
 }
 
 /// How far the end of the sandbox is.
@@ -103,14 +109,27 @@ impl Sandbox {
             vm: watch::Sender::new(Progress::Booting),
             containers: Mutex::default(),
             closing: watch::Sender::new(Closing::No),
+            pod: Mutex::default(),
         }))
     }
 
-    /// Boots the VM. To be called once.
-    pub async fn boot(self: &Arc<Self>, overview: &Overview, slot: &mut ControlSlot) {
+    /// Has the Sandbox API make the pod; its VMM is spawned with `slot`.
+    pub fn await_pod(&self, slot: ControlSlot) {
+        *self.pod.lock().expect("no code panics while it holds this lock") = Some(PodLife::awaited(slot));
+    }
+
+    /// Boots the VM, as large as `config` has it. To be called once.
+    pub async fn boot(
+        self: &Arc<Self>,
+        overview: &Overview,
+        extras: Extras,
+        config: Config,
+        slot: &mut ControlSlot,
+    ) {
         let hostname = Some(overview.hostname.as_str()).filter(|h| !h.is_empty()).unwrap_or(&self.id);
         let plan = Plan {
-            config: self.config.clone(),
+            config,
+            extras,
             name: self.id.clone(),
             // Linux' HOST_NAME_MAX is 64.
             hostname: hostname.chars().take(63).collect(),

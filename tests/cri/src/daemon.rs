@@ -1,4 +1,5 @@
-//! A containerd with CRI, a CNI network of its own, and two runtimes: ours and runc.
+//! A containerd with CRI, a CNI network of its own, and runtimes: ours with a pause container (`ctvm`)
+//! and without (`ctvm-pod`, the Sandbox API), and runc.
 
 use std::fs;
 use std::path::Path;
@@ -85,6 +86,12 @@ fn configuration(folder: &Path) -> Result<String> {
     default_runtime_name = "ctvm"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm]
       runtime_type = "io.containerd.ctvm.v2"
+      privileged_without_host_devices = true
+      pod_annotations = ["ctvm.*", "io.katacontainers.*"]
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm-pod]
+      runtime_type = "io.containerd.ctvm.v2"
+      sandboxer = "shim"
+      sandbox_mode = "shim"
       privileged_without_host_devices = true
       pod_annotations = ["ctvm.*", "io.katacontainers.*"]
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]

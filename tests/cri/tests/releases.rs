@@ -21,7 +21,8 @@ fn survives(release: &str, blow: Blow) -> Result<()> {
     let pod = Pod::run(&daemon.cri, "ctvm")?;
     let running = pod.start_forever()?;
     let folder = pod.host_folder("sign")?;
-    let mut config = pod.container(&["sh", "-c", "until [ -e /sign/end ]; do sleep 0.1; done; echo last words; exit 7"]);
+    let mut config =
+        pod.container(&["sh", "-c", "until [ -e /sign/end ]; do sleep 0.1; done; echo last words; exit 7"]);
     config.mounts.push(cri::pod::mount(&folder, "/sign"));
     let ending = pod.start(&config)?;
     let created = daemon.cri.create(&pod.id, &pod.container(&["echo", "late"]), &pod.config)?;

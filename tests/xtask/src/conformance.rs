@@ -19,7 +19,8 @@ use crate::steps::step;
 const LIMIT: Duration = Duration::from_secs(60 * 60);
 
 /// Runtime and release of containerd, a column each.
-const COLUMNS: [(&str, &str); 4] = [("ctvm", "1.7"), ("ctvm", "2.1"), ("ctvm", "1.6"), ("runc", "1.7")];
+const COLUMNS: [(&str, &str); 5] =
+    [("ctvm", "1.7"), ("ctvm", "1.6"), ("ctvm", "2.1"), ("ctvm-pod", "2.1"), ("runc", "1.7")];
 
 const PROGRAM: &str = "ctvm-conformance";
 
@@ -29,7 +30,7 @@ const HEAD: &str = "# Conformance\n\n\
     a client of our own (`tests/cri`) in the lab, with runc beside it. `cargo xtask conformance` runs all and writes \
     this file; `cargo xtask test` runs the first column and fails where a case ends otherwise than here.\n\n\
     `pass`: done as asked. `fail`: not, for the reason given. `n/a`: has no meaning where containers have a kernel \
-    of their own.\n";
+    of their own. `ctvm-pod` is ctvm by the Sandbox API (`sandboxer = \"shim\"`), without a pause container.\n";
 
 /// Options of `xtask conformance`.
 #[derive(Debug, Args)]
