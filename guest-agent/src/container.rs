@@ -140,13 +140,13 @@ impl Container {
         };
         let bundle = container.files.bundle.clone();
         let at_exit = {
-            let cgroup = container.cgroup.clone();
+            let (cgroup, id) = (container.cgroup.clone(), id.clone());
             // A container without a pid namespace of its own leaves children that the kernel does not kill.
             move || {
                 if !config.own_pid_namespace
                     && let Err(error) = cgroup.signal(libc::SIGKILL)
                 {
-                    log::warn!("children of a container stay: {error}");
+                    log::warn!(container:% = id; "children stay: {error}");
                 }
             }
         };
@@ -160,7 +160,7 @@ impl Container {
             .await;
         if let Err(error) = made {
             if let Err(error) = container.cgroup.remove().await {
-                log::warn!("cgroup of a container that could not be made stays: {error}");
+                log::warn!(container:% = id; "it could not be made, and its cgroup stays: {error}");
             }
             return Err(error);
         }
@@ -325,7 +325,7 @@ impl Container {
             let console = Console::listen().map_err(TaskError::io("listen for the terminal"))?;
             let ends = Ends::Console(console.path.clone());
             let Launched { pid, launching } =
-                launch::run(reaper, &[], move || build(builder(id, ends)?)).await?;
+                launch::run(reaper, &self.id, &[], move || build(builder(id, ends)?)).await?;
             let exit = reaper.watch(pid);
             drop(launching);
             let master = console.receive().map_err(TaskError::io("receive the terminal"))?;
@@ -336,7 +336,7 @@ impl Container {
             let keep = [&ends.stdin, &ends.stdout, &ends.stderr].map(AsRawFd::as_raw_fd);
             let ends = Ends::Pipes(ends);
             let Launched { pid, launching } =
-                launch::run(reaper, &keep, move || build(builder(id, ends)?)).await?;
+                launch::run(reaper, &self.id, &keep, move || build(builder(id, ends)?)).await?;
             let exit = reaper.watch(pid);
             drop(launching);
             let flow = pipes.run(&exit);

@@ -55,9 +55,11 @@ pub struct Launched {
     pub launching: Launching,
 }
 
-/// Forks, runs `job` there with no descriptors but 0, 1, 2 and `keep`, and returns the pid that it returns.
+/// Forks, runs `job` there with no descriptors but 0, 1, 2 and `keep`, and returns the pid that it returns. What the
+/// library complains of is logged as `container`'s.
 pub async fn run(
     reaper: &Arc<Reaper>,
+    container: &str,
     keep: &[RawFd],
     job: impl FnOnce() -> Result<i32, String>,
 ) -> Result<Launched, LaunchError> {
@@ -83,7 +85,7 @@ pub async fn run(
                 }
                 b'E' => return Err(LaunchError::Refused(explain(text, &said))),
                 b'L' => {
-                    log_stream::write(Level::Warn, Source::Container, &text);
+                    log_stream::write(Level::Warn, Source::Container, container, &text);
                     said.push(text);
                 }
                 _ => return Err(LaunchError::Garbled(text)),

@@ -55,8 +55,9 @@ impl Queue {
             return Some(line);
         }
         let dropped = std::mem::take(&mut self.dropped);
-        (dropped > 0)
-            .then(|| log_line::format(Level::Warn, Source::Agent, &format!("{dropped} log lines dropped")))
+        (dropped > 0).then(|| {
+            log_line::format(Level::Warn, Source::Agent, "", &format!("{dropped} log lines dropped"))
+        })
     }
 }
 
@@ -74,7 +75,9 @@ pub fn install() {
                 log::Level::Info => Level::Info,
                 log::Level::Debug | log::Level::Trace => Level::Debug,
             };
-            write(level, Source::Agent, &record.args().to_string());
+            let container = record.key_values().get(log::kv::Key::from_str(log_line::CONTAINER));
+            let container = container.map(|id| id.to_string()).unwrap_or_default();
+            write(level, Source::Agent, &container, &record.args().to_string());
         }
         fn flush(&self) {}
     }
@@ -83,14 +86,14 @@ pub fn install() {
     log::set_max_level(log::LevelFilter::Info);
 }
 
-/// Says one line.
-pub fn write(level: Level, source: Source, msg: &str) {
+/// Says one line, about a container or "".
+pub fn write(level: Level, source: Source, container: &str, msg: &str) {
     let stream = STREAM.get_or_init(Stream::default);
     if let Some(&agent) = stream.diverted.get() {
         tell_agent(agent, level, msg);
         return;
     }
-    let line = log_line::format(level, source, msg);
+    let line = log_line::format(level, source, container, msg);
     let mut queue = stream.queue.lock().expect("no code panics while it holds this lock");
     if level == Level::Error && !queue.connected {
         // The console is the last resort; if it fails, too, there is nowhere left to say so.
@@ -160,7 +163,7 @@ pub async fn run_kernel() {
                 if let Some((level, text)) = kernel_record(&record[..n])
                     && level <= least
                 {
-                    write(level, Source::Kernel, &text);
+                    write(level, Source::Kernel, "", &text);
                 }
             }
             // EPIPE: records were overwritten before they were read; the next read goes on behind the gap.

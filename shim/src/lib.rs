@@ -25,6 +25,7 @@ pub mod info;
 pub mod logger;
 pub mod paths;
 pub mod pod_service;
+pub mod ring;
 pub mod sandbox;
 pub mod serve;
 pub mod service;

@@ -46,7 +46,7 @@ pub fn run(args: &Args) -> Result<()> {
         config.fit_to_pod(overview)?;
     }
     let level = if args.debug { log::LevelFilter::Debug } else { config.log_level.into() };
-    logger::install(logger::open(Path::new(".")), &args.id, level);
+    logger::install(logger::open(Path::new(".")), &args.namespace, &args.id, level);
     // A bundle's directory is removed while we still run.
     std::env::set_current_dir("/").context("entering /")?;
 

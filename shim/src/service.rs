@@ -53,21 +53,21 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        log::debug!("create {}", request.id);
+        log::debug!(container:% = request.id; "create");
         let sandbox = self.0.clone();
         let pid = run(async move { sandbox.create(request).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        log::debug!("start {} {}", request.id, request.exec_id);
+        log::debug!(container:% = request.id, exec:% = request.exec_id; "start");
         let sandbox = self.0.clone();
         let pid = run(async move { sandbox.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        log::debug!("exec {} {}", request.id, request.exec_id);
+        log::debug!(container:% = request.id, exec:% = request.exec_id; "exec");
         let sandbox = self.0.clone();
         run(async move { sandbox.exec(request).await }).await?;
         Ok(Empty::new())
@@ -111,14 +111,14 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        log::debug!("kill {} {} {}", request.id, request.exec_id, request.signal);
+        log::debug!(container:% = request.id, exec:% = request.exec_id; "kill with signal {}", request.signal);
         let sandbox = self.0.clone();
         run(async move { sandbox.kill(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        log::debug!("delete {} {}", request.id, request.exec_id);
+        log::debug!(container:% = request.id, exec:% = request.exec_id; "delete");
         let sandbox = self.0.clone();
         let (pid, exit) = run(async move {
             match request.exec_id.as_str() {
@@ -163,7 +163,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        log::debug!("shutdown {} now={}", request.id, request.now);
+        log::debug!(container:% = request.id; "shutdown, now={}", request.now);
         let sandbox = self.0.clone();
         // A pod of the Sandbox API lives on without containers.
         if !sandbox.is_pod() {
@@ -173,14 +173,14 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        log::debug!("pause {}", request.id);
+        log::debug!(container:% = request.id; "pause");
         let sandbox = self.0.clone();
         run(async move { sandbox.pause(&request.id).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        log::debug!("resume {}", request.id);
+        log::debug!(container:% = request.id; "resume");
         let sandbox = self.0.clone();
         run(async move { sandbox.resume(&request.id).await }).await?;
         Ok(Empty::new())
@@ -191,7 +191,7 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        log::debug!("update {}", request.id);
+        log::debug!(container:% = request.id; "update");
         let sandbox = self.0.clone();
         run(async move { sandbox.update(request).await }).await?;
         Ok(Empty::new())

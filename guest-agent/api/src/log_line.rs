@@ -1,4 +1,5 @@
-//! The guest's log: one JSON object a line, `{"level":"info","source":"agent","msg":"…"}`.
+//! The guest's log: one JSON object a line, `{"level":"info","source":"agent","msg":"…"}`, with
+//! `"container":"ID"` before the text where the line is about one.
 //!
 //! Only the vocabulary and the writer are here; the shim reads with its own JSON parser and must take an unknown
 //! level or source as it comes, since the guest is not trusted.
@@ -9,6 +10,8 @@ use std::fmt::Write as _;
 pub const LEVEL: &str = "level";
 /// Key of the part of the guest that speaks.
 pub const SOURCE: &str = "source";
+/// Key of the container that the line is about; absent where it is about none.
+pub const CONTAINER: &str = "container";
 /// Key of the text.
 pub const MSG: &str = "msg";
 
@@ -62,12 +65,17 @@ impl Level {
     }
 }
 
-/// One line, with its newline, of at most [`MAX_LINE`] bytes.
-pub fn format(level: Level, source: Source, msg: &str) -> String {
+/// One line, with its newline, of at most [`MAX_LINE`] bytes. `container` is an id of containerd's, which needs no escapes
+/// and has 200 bytes at most (one that does not is left out), or empty.
+pub fn format(level: Level, source: Source, container: &str, msg: &str) -> String {
     const TAIL: &str = "\"}\n";
     const CUT: &str = "…";
-    let mut line =
-        format!("{{\"{LEVEL}\":\"{}\",\"{SOURCE}\":\"{}\",\"{MSG}\":\"", level.as_str(), source.as_str());
+    let mut line = format!("{{\"{LEVEL}\":\"{}\",\"{SOURCE}\":\"{}\",", level.as_str(), source.as_str());
+    let is_id = container.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if is_id && (1..=200).contains(&container.len()) {
+        write!(line, "\"{CONTAINER}\":\"{container}\",").expect("writing to a String cannot fail");
+    }
+    write!(line, "\"{MSG}\":\"").expect("writing to a String cannot fail");
     for c in msg.chars() {
         // The longest escape is six bytes, as is room for the cut's mark and a little more.
         if line.len() + 6 + CUT.len() + TAIL.len() > MAX_LINE {
@@ -94,7 +102,7 @@ mod tests {
 
     #[test]
     fn line_is_json_on_one_line() {
-        let line = format(Level::Warn, Source::Kernel, "a \"b\" \\ c\nd\te");
+        let line = format(Level::Warn, Source::Kernel, "", "a \"b\" \\ c\nd\te");
         assert_eq!(
             line,
             "{\"level\":\"warn\",\"source\":\"kernel\",\"msg\":\"a \\\"b\\\" \\\\ c\\nd\\u0009e\"}\n"
@@ -102,9 +110,19 @@ mod tests {
     }
 
     #[test]
+    fn a_container_is_named_if_that_is_a_name() {
+        let line = |container| format(Level::Error, Source::Container, container, "m");
+        let named = "{\"level\":\"error\",\"source\":\"container\",\"container\":\"app-1\",\"msg\":\"m\"}\n";
+        assert_eq!(line("app-1"), named);
+        for odd in ["a\"b", &"x".repeat(201), ""] {
+            assert_eq!(line(odd), "{\"level\":\"error\",\"source\":\"container\",\"msg\":\"m\"}\n");
+        }
+    }
+
+    #[test]
     fn long_message_is_cut_within_the_limit() {
         for c in ["x", "\u{1}", "é", "🦀"] {
-            let line = format(Level::Info, Source::Agent, &c.repeat(5000));
+            let line = format(Level::Info, Source::Agent, "", &c.repeat(5000));
             assert!(line.len() <= MAX_LINE, "{} bytes", line.len());
             assert!(line.len() > MAX_LINE - 16, "{} bytes", line.len());
             assert!(line.ends_with("…\"}\n"));

@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 
 use agent_api::sandbox::{NetworkStep, SetupRequest, SetupResponse};
@@ -27,6 +26,7 @@ use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
 use crate::sandbox::streams::Streams;
 use crate::sandbox::timeline::Timeline;
+use crate::sandbox::vmm_log;
 use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
 
 /// Kernel command line of every sandbox: the console for last words, the image as root, and an end to the machine
@@ -183,9 +183,10 @@ pub async fn boot(
 
     let binary =
         vmm::find_binary(plan.config.vmm.as_deref()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
-    // Our standard error is the bundle's log, for the VMM as well.
-    let (child, socket) =
-        vmm::spawn(&binary, slot, Stdio::inherit()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
+    let log = vmm_log::open().map_err(|source| {
+        at(Stage::Spawn, None)(BootCause::Os { what: "a pipe for the VMM's log", source })
+    })?;
+    let (child, socket) = vmm::spawn(&binary, slot, log).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
     timeline.reached("vmm exec");
     spawned(child.id());
     let (vmm, events) = Vmm::adopt(child, socket).map_err(|e| at(Stage::Spawn, None)(e.into()))?;

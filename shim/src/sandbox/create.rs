@@ -73,7 +73,7 @@ impl Sandbox {
         let made = self.make(&container, &request).await;
         if let Err(e) = made {
             self.forget_fifos(&stdio_of_create(&request));
-            log::error!("creating container {}: {}", request.id, e.chain());
+            log::error!(container:% = request.id; "creating it: {}", e.chain());
             self.unshare(&container).await;
             self.containers.lock().expect("no code panics while it holds this lock").remove(&request.id);
             return Err(e);
@@ -119,7 +119,7 @@ impl Sandbox {
             pod::add_mounts(&mut guest.config);
         }
         for warning in &guest.warnings {
-            log::warn!("container {id}: {warning}");
+            log::warn!(container:% = id; "{warning}");
         }
         let layers = rootfs::parse(&request.rootfs)?;
 
@@ -189,14 +189,14 @@ impl Sandbox {
             if let Some(vm) = self.running_vm() {
                 let unmount = Op::FsUnmount { at: name.clone() };
                 if let Err(e) = vm.vmm.call(unmount, &[], self.config.timeouts.vmm()).await {
-                    log::warn!("taking share {name} back: {}", crate::error::chain(&e));
+                    log::warn!(container:% = container.id; "taking share {name} back: {}", crate::error::chain(&e));
                 }
             }
             let stage = self.bind_stage(&name);
             if stage.exists()
                 && let Err(e) = std::fs::remove_dir_all(&stage)
             {
-                log::warn!("{}: {e}", stage.display());
+                log::warn!(container:% = container.id; "{}: {e}", stage.display());
             }
         }
     }

@@ -78,11 +78,11 @@ impl Sandbox {
                 },
                 // Deleted before it was started, or a fault of the agent's.
                 Err(AgentError::Refused { message, .. }) => {
-                    log::debug!("waiting for {}: {message}", container.id);
+                    log::debug!(container:% = container.id, exec:% = process.exec_id; "waiting for its end: {message}");
                     Exit { status: UNKNOWN, at: clock::timestamp() }
                 }
                 Err(e) => {
-                    log::debug!("waiting for {}: {e}", container.id);
+                    log::debug!(container:% = container.id, exec:% = process.exec_id; "waiting for its end: {e}");
                     Exit { status: lost(&vm).await, at: clock::timestamp() }
                 }
             };
@@ -105,7 +105,7 @@ impl Sandbox {
         };
         let (drained, ()) = tokio::join!(drained, oom);
         if !drained {
-            log::debug!("output of {} is still open after its end", container.id);
+            log::debug!(container:% = container.id, exec:% = process.exec_id; "output is still open after its end");
         }
         if is_init {
             let execs =
@@ -203,7 +203,7 @@ impl Sandbox {
             // Its watcher hears of the end from the agent, too.
             let limit = self.config.timeouts.agent();
             if tokio::time::timeout(limit, process.ended()).await.is_err() {
-                log::warn!("container {id} is deleted without an end");
+                log::warn!(container:% = id; "deleted without an end");
             }
         }
         for process in container.processes() {

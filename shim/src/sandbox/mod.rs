@@ -37,9 +37,11 @@ pub mod net;
 pub mod oom;
 pub mod pod;
 pub mod pod_life;
+pub mod relay;
 pub mod state_file;
 pub mod streams;
 pub mod timeline;
+pub mod vmm_log;
 
 /// The sandbox of this process.
 #[derive(Debug)]
@@ -251,7 +253,7 @@ impl Sandbox {
             log::warn!("the VM ended: {exit}; its console's last words: {words:?}");
         }
         for container in self.containers() {
-            log::warn!("container {} ended with its VM: {exit}", container.id);
+            log::warn!(container:% = container.id; "ended with its VM: {exit}");
         }
     }
 

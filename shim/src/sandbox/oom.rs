@@ -34,7 +34,7 @@ impl Sandbox {
                         }
                     }
                     Err(e) => {
-                        log::debug!("watching the memory of {}: {e}", container.id);
+                        log::debug!(container:% = container.id; "watching its memory: {e}");
                         return;
                     }
                 }
@@ -48,14 +48,16 @@ impl Sandbox {
         let Some(vm) = self.running_vm() else { return };
         match tokio::time::timeout(LAST_COUNT, vm.agent.oom_kills(&container.id)).await {
             Ok(Ok(count)) => self.note_oom(container, count.kills),
-            Ok(Err(e)) => log::debug!("memory of {} at its end: {e}", container.id),
-            Err(_) => log::warn!("the agent does not tell how {} ended within {LAST_COUNT:?}", container.id),
+            Ok(Err(e)) => log::debug!(container:% = container.id; "its memory at its end: {e}"),
+            Err(_) => {
+                log::warn!(container:% = container.id; "the agent does not tell how it ended within {LAST_COUNT:?}");
+            }
         }
     }
 
     fn note_oom(&self, container: &Container, kills: u64) {
         if container.note_oom_kills(kills) {
-            log::info!("container {}: {kills} process(es) killed for want of memory so far", container.id);
+            log::info!(container:% = container.id; "{kills} process(es) killed for want of memory so far");
             let event = TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() };
             self.events.publish(&Event::Oom(event));
         }
