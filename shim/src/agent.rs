@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use agent_api::sandbox::{
-    ForwardRequest, OomKillsRequest, OomKillsResponse, SandboxClient, SetupRequest, SetupResponse,
+    ForwardRequest, InfoRequest, InfoResponse, OomKillsRequest, OomKillsResponse, SandboxClient,
+    SetupRequest, SetupResponse,
 };
 use agent_api::task::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
@@ -78,6 +79,11 @@ impl Agent {
     /// `Sandbox.Setup`.
     pub async fn setup(&self, request: &SetupRequest) -> Result<SetupResponse, AgentError> {
         self.within("Setup", self.sandbox.setup(self.context(), request)).await
+    }
+
+    /// `Sandbox.Info`.
+    pub async fn info(&self) -> Result<InfoResponse, AgentError> {
+        self.within("Info", self.sandbox.info(self.context(), &InfoRequest::new())).await
     }
 
     /// `Task.Create`.

@@ -15,8 +15,9 @@ use crate::args::Args;
 use crate::config::Config;
 use crate::container::overview::Overview;
 use crate::events::Publisher;
-use crate::sandbox::Sandbox;
 use crate::sandbox::pod::Extras;
+use crate::sandbox::timeline::SHIM_START;
+use crate::sandbox::{Sandbox, operator};
 use crate::vmm::ControlSlot;
 use crate::{clock, logger, paths, pod_service, service};
 
@@ -74,7 +75,7 @@ async fn serve(
     let events = Publisher::start(&daemon, &args.namespace);
     let sandbox = Sandbox::new(&args.namespace, &args.id, config, &state_dir, socket, events.clone())
         .with_context(|| format!("state in {}", state_dir.display()))?;
-    sandbox.timeline.reached_at("shim start", args.started_us);
+    sandbox.timeline.reached_at(SHIM_START, args.started_us);
     sandbox.timeline.reached_at("shim serving", serving_us);
 
     let mut server = Server::new().add_listener(Listener::try_from(listener).context("the socket")?);
@@ -89,6 +90,11 @@ async fn serve(
         sandbox.await_pod(slot);
     }
     server.start().await.context("serving")?;
+    match operator::listen(&state_dir) {
+        Ok(listener) => drop(tokio::spawn(operator::serve(sandbox.clone(), listener))),
+        // Containers matter more.
+        Err(e) => log::warn!("no metrics: {} in {}: {e}", operator::SOCKET, state_dir.display()),
+    }
     sandbox.closed().await;
     events.flush(LAST_EVENTS).await;
     tokio::time::sleep(LAST_ANSWER).await;

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
@@ -143,6 +143,8 @@ pub struct Container {
     pid: AtomicU32,
     paused: AtomicBool,
     oom_kills: AtomicU64,
+    oom_exits: AtomicU64,
+    name: OnceLock<String>,
 }
 
 impl Container {
@@ -158,6 +160,8 @@ impl Container {
             pid: AtomicU32::new(0),
             paused: AtomicBool::new(false),
             oom_kills: AtomicU64::new(0),
+            oom_exits: AtomicU64::new(0),
+            name: OnceLock::new(),
         })
     }
 
@@ -226,6 +230,26 @@ impl Container {
         self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills
     }
 
+    /// Whether a process that SIGKILL ended now was killed for want of memory: there were more such kills than ends that
+    /// were put down to one.
+    pub fn ends_by_oom(&self) -> bool {
+        let kills = self.oom_kills();
+        self.oom_exits
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ends| (ends < kills).then_some(ends + 1))
+            .is_ok()
+    }
+
+    /// The pod's name for it. Only the first one counts.
+    pub fn set_name(&self, name: &str) {
+        // A second would be the same, from the same configuration.
+        let _ = self.name.set(name.to_owned());
+    }
+
+    /// The pod's name for it; its id where it has none.
+    pub fn name(&self) -> &str {
+        self.name.get().map_or(&self.id, String::as_str)
+    }
+
     /// Remembers a directory shown to the guest for it.
     pub fn add_share(&self, name: &str) {
         self.shares.lock().expect("no code panics while it holds this lock").push(name.to_owned());
@@ -265,6 +289,7 @@ mod tests {
         assert!(!container.note_oom_kills(2) && !container.note_oom_kills(1));
         assert!(container.note_oom_kills(3));
         assert_eq!(container.oom_kills(), 3);
+        assert_eq!([(); 4].map(|()| container.ends_by_oom()), [true, true, true, false]);
     }
 
     #[test]

@@ -124,6 +124,12 @@ impl Overview {
         }
     }
 
+    /// The pod's name for the container.
+    pub fn name(&self) -> Option<&str> {
+        let name = self.annotations.get("io.kubernetes.cri.container-name")?;
+        Some(name.as_str()).filter(|name| !name.is_empty())
+    }
+
     /// The network namespace of the pod: none for the host's own, an empty path for a new one.
     pub fn network(&self) -> Option<&Path> {
         let mut namespaces = self.linux.namespaces.iter();

@@ -10,7 +10,9 @@ use tokio::io::unix::AsyncFd;
 use crate::watched::watch;
 
 /// Bytes of console output kept.
-const KEPT: usize = 2048;
+const KEPT: usize = 16 * 1024;
+/// Of them those that an error tells.
+const LAST_WORDS: usize = 2048;
 
 /// What the guest's console said last.
 #[derive(Debug, Clone, Default)]
@@ -30,8 +32,18 @@ impl Console {
 
     /// The last lines, trimmed; empty when nothing was said.
     pub fn last_words(&self) -> String {
-        let bytes: Vec<u8> =
-            self.0.lock().expect("no code panics while it holds this lock").iter().copied().collect();
+        self.tail(LAST_WORDS)
+    }
+
+    /// All that is kept, in the same form.
+    pub fn text(&self) -> String {
+        self.tail(KEPT)
+    }
+
+    fn tail(&self, length: usize) -> String {
+        let kept = self.0.lock().expect("no code panics while it holds this lock");
+        let bytes: Vec<u8> = kept.iter().skip(kept.len().saturating_sub(length)).copied().collect();
+        drop(kept);
         // Terminals and kernels write CR LF, and firmware worse.
         let text = String::from_utf8_lossy(&bytes).replace(|c: char| c.is_control() && c != '\n', "");
         text.trim().to_owned()
@@ -70,7 +82,9 @@ mod tests {
         console.keep(&[b'x'; 3 * KEPT]);
         console.keep(b"\r\nKernel panic - not syncing\r\n");
         let words = console.last_words();
-        assert!(words.len() <= KEPT);
+        assert!(words.len() <= LAST_WORDS);
+        let text = console.text();
+        assert!(text.len() > LAST_WORDS && text.len() <= KEPT);
         assert!(words.ends_with("x\nKernel panic - not syncing"), "{words}");
     }
 }

@@ -121,6 +121,9 @@ impl Sandbox {
         for warning in &guest.warnings {
             log::warn!(container:% = id; "{warning}");
         }
+        if let Some(name) = overview.name() {
+            container.set_name(name);
+        }
         let layers = rootfs::parse(&request.rootfs)?;
 
         let vm = self.vm().await?;
@@ -148,6 +151,7 @@ impl Sandbox {
         vm.agent.create(&to_agent).await.map_err(|e| self.explained(e))?;
         let process = Process::new("", stdio, named.copying(fifos, request.terminal).await?);
         container.set_init(process.clone());
+        self.operator.counters.made(container.name());
         self.reached(id, "container created");
 
         let mut event = TaskCreate::new();

@@ -15,6 +15,7 @@ use crate::error::TaskError;
 use crate::events::Event;
 use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
+use crate::sandbox::operator::counters::ExitKind;
 use crate::vmm::VmmError;
 
 /// How long the end of a container waits for the ends of its execs, which die with it.
@@ -71,6 +72,7 @@ impl Sandbox {
     ) {
         let sandbox = self.clone();
         tokio::spawn(async move {
+            let mut is_lost = false;
             let exit = match vm.agent.wait(&container.id, &process.exec_id).await {
                 Ok(response) => Exit {
                     status: response.exit_status,
@@ -83,14 +85,15 @@ impl Sandbox {
                 }
                 Err(e) => {
                     log::debug!(container:% = container.id, exec:% = process.exec_id; "waiting for its end: {e}");
+                    is_lost = true;
                     Exit { status: lost(&vm).await, at: clock::timestamp() }
                 }
             };
-            sandbox.ended(&container, &process, exit).await;
+            sandbox.ended(&container, &process, exit, is_lost).await;
         });
     }
 
-    async fn ended(&self, container: &Container, process: &Process, exit: Exit) {
+    async fn ended(&self, container: &Container, process: &Process, exit: Exit, is_lost: bool) {
         // After `Start` has published: its event comes first.
         let _turn = process.turn.lock().await;
         let timeouts = &self.config.timeouts;
@@ -124,6 +127,11 @@ impl Sandbox {
         }
         // An exec whose start failed never ran, so it does not end either.
         if is_init || process.was_started() {
+            let kind = match is_lost {
+                true => ExitKind::VmLost,
+                false => ExitKind::of(exit.status, exit.status == KILLED && container.ends_by_oom()),
+            };
+            self.operator.counters.exited(!is_init, kind);
             let mut event = TaskExit::new();
             event.container_id.clone_from(&container.id);
             event.id = if is_init { container.id.clone() } else { process.exec_id.clone() };

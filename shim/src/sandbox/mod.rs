@@ -19,6 +19,7 @@ use crate::error::TaskError;
 use crate::events::Publisher;
 use crate::sandbox::boot::{BootError, Plan, Stage, Vm};
 use crate::sandbox::net::{Joined, NetError, Network};
+use crate::sandbox::operator::Operator;
 use crate::sandbox::pod::Extras;
 use crate::sandbox::pod_life::PodLife;
 use crate::sandbox::state_file::{ProcessId, State};
@@ -35,6 +36,7 @@ pub mod guest_log;
 pub mod lifecycle;
 pub mod net;
 pub mod oom;
+pub mod operator;
 pub mod pod;
 pub mod pod_life;
 pub mod relay;
@@ -54,6 +56,8 @@ pub struct Sandbox {
     pub events: Arc<Publisher>,
     /// When what happened.
     pub timeline: Timeline,
+    /// What its operator may ask.
+    pub operator: Operator,
     namespace: String,
     state_dir: PathBuf,
     state: Mutex<State>,
@@ -105,6 +109,7 @@ impl Sandbox {
             config,
             events,
             timeline,
+            operator: Operator::default(),
             namespace: namespace.to_owned(),
             state_dir: state_dir.to_owned(),
             state: Mutex::new(state),
@@ -211,6 +216,15 @@ impl Sandbox {
         match &*self.vm.borrow() {
             Progress::Up(vm) if vm.vmm.exit().is_none() => Some(vm.clone()),
             _ => None,
+        }
+    }
+
+    /// What the guest's console said last; of a VM that did not come up, what the error tells of it.
+    pub fn console_text(&self) -> String {
+        match &*self.vm.borrow() {
+            Progress::Up(vm) => vm.console.text(),
+            Progress::Failed(error) => error.last_words.clone(),
+            Progress::Booting => String::new(),
         }
     }
 

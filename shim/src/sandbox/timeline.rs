@@ -11,6 +11,8 @@ use crate::clock;
 
 /// Name of the file in the state directory.
 const FILE: &str = "timeline.json";
+/// Where the clock of a start begins.
+pub const SHIM_START: &str = "shim start";
 /// Stages kept; a pod with very many containers keeps its first ones.
 const MAX_STAGES: usize = 256;
 
@@ -42,6 +44,11 @@ impl Timeline {
         }
         let position = stages.partition_point(|(_, at)| *at <= at_us);
         stages.insert(position, (stage.to_owned(), at_us));
+    }
+
+    /// What was reached so far, in order of time.
+    pub fn stages(&self) -> Vec<(String, u64)> {
+        self.stages.lock().expect("no code panics while it holds this lock").clone()
     }
 
     /// As JSON.

@@ -1,0 +1,106 @@
+//! What a sandbox's processes cost this host: memory, guest memory apart, and processor time, from `/proc`.
+
+use std::fs::File;
+use std::io::{self, BufReader};
+
+/// Sums over a process's mappings, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Of its own mappings: pages that nobody else has.
+    pub private: u64,
+    /// Of its own mappings: pages that others have too, such as its program's.
+    pub shared: u64,
+    /// Of its own mappings: proportional set size.
+    pub pss: u64,
+    /// Guest memory that is in this host's memory.
+    pub guest: u64,
+    /// Of that what other processes share.
+    pub guest_shared: u64,
+}
+
+/// Reads a process's footprint. A mapping of at least `guest_bytes` is guest memory; 0: it has none.
+///
+/// The kernel walks all its pages for this, some milliseconds for each GiB.
+///
+/// # Errors
+/// When the process is gone or may not be looked at.
+pub fn footprint(pid: u32, guest_bytes: u64) -> io::Result<Footprint> {
+    sum(BufReader::with_capacity(4096, File::open(format!("/proc/{pid}/smaps"))?), guest_bytes)
+}
+
+fn sum(mut smaps: impl io::BufRead, guest_bytes: u64) -> io::Result<Footprint> {
+    let mut sum = Footprint::default();
+    let mut is_guest = false;
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if smaps.read_line(&mut line)? == 0 {
+            return Ok(sum);
+        }
+        let mut words = line.split_ascii_whitespace();
+        let (Some(key), Some(value)) = (words.next(), words.next()) else { continue };
+        let bytes = value.parse::<u64>().unwrap_or(0) * 1024;
+        match (key, is_guest) {
+            ("Size:", _) => is_guest = guest_bytes > 0 && bytes >= guest_bytes,
+            ("Private_Clean:" | "Private_Dirty:" | "Private_Hugetlb:", false) => sum.private += bytes,
+            ("Shared_Clean:" | "Shared_Dirty:" | "Shared_Hugetlb:", false) => sum.shared += bytes,
+            ("Pss:", false) => sum.pss += bytes,
+            // Pages of hugetlbfs are in no Rss.
+            ("Rss:" | "Private_Hugetlb:" | "Shared_Hugetlb:", true) => sum.guest += bytes,
+            ("Shared_Clean:" | "Shared_Dirty:", true) => sum.guest_shared += bytes,
+            _ => {}
+        }
+    }
+}
+
+/// Processor time that a process has used, microseconds.
+///
+/// # Errors
+/// When the process is gone.
+pub fn cpu_us(pid: u32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    cpu_ticks(&stat)
+        .map(|ticks| ticks.saturating_mul(1_000_000) / rustix::param::clock_ticks_per_second())
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// Fields 14 and 15 of `/proc/PID/stat`; the name, field 2, may hold anything.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    Some(user + fields.next()?.parse::<u64>().ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_kept_apart() {
+        let smaps = "00400000-00500000 r-xp 00000000 fe:00 1 /bin/x\nSize: 1024 kB\nRss: 100 kB\nPss: 50 kB\n\
+                     Shared_Clean: 80 kB\nPrivate_Clean: 15 kB\nPrivate_Dirty: 5 kB\n\
+                     7f0000000000-7f0008000000 rw-p 00000000 00:00 0\nSize: 131072 kB\nRss: 20000 kB\n\
+                     Pss: 20000 kB\nShared_Clean: 0 kB\nShared_Dirty: 400 kB\nPrivate_Dirty: 19600 kB\n\
+                     7ffd0000-7ffe0000 rw-p 0 00:00 0 [stack]\nSize: 132 kB\nRss: 12 kB\nPss: 12 kB\n\
+                     Private_Dirty: 12 kB\n";
+        let kib = |n: u64| n * 1024;
+        let expected = Footprint {
+            private: kib(32),
+            shared: kib(80),
+            pss: kib(62),
+            guest: kib(20000),
+            guest_shared: kib(400),
+        };
+        assert_eq!(sum(smaps.as_bytes(), 128 << 20).unwrap(), expected);
+        assert_eq!(sum(smaps.as_bytes(), 0).unwrap().guest, 0);
+    }
+
+    #[test]
+    fn this_process_can_be_read() {
+        let me = footprint(std::process::id(), 0).unwrap();
+        assert!(me.private > 4096 && me.pss >= me.private, "{me:?}");
+        assert_eq!(cpu_ticks("1 (a) b) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0"), Some(42));
+        assert_eq!(cpu_ticks("nonsense"), None);
+        cpu_us(std::process::id()).unwrap();
+    }
+}
