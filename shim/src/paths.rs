@@ -10,11 +10,16 @@ const RUN_DIR: &str = "/run/ctvm";
 /// Where containerd expects shim sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
 
-/// The state directory of a sandbox. `$CTVM_RUN_DIR` moves it, for tests: it reaches `start`, `serve` and `delete`
+/// Where the state directories are. `$CTVM_RUN_DIR` moves it, for tests: it reaches `start`, `serve` and `delete`
 /// alike, since containerd passes its environment on.
-pub fn state_dir(namespace: &str, id: &str) -> PathBuf {
+pub fn run_dir() -> PathBuf {
     let run = std::env::var_os("CTVM_RUN_DIR").filter(|d| !d.is_empty());
-    run.map_or_else(|| PathBuf::from(RUN_DIR), PathBuf::from).join(namespace).join(id)
+    run.map_or_else(|| PathBuf::from(RUN_DIR), PathBuf::from)
+}
+
+/// The state directory of a sandbox.
+pub fn state_dir(namespace: &str, id: &str) -> PathBuf {
+    run_dir().join(namespace).join(id)
 }
 
 /// The socket of a sandbox: one name for one daemon, namespace and sandbox, whoever computes it.

@@ -4,6 +4,7 @@
 mod daemon;
 mod fake;
 mod forward;
+mod operator;
 mod verbs;
 
 use std::fs;

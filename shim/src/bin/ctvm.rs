@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use shim::cli::{Failure, check, run};
+use shim::cli::{Failure, check, exec, logs, metrics, ps, run, top};
+use shim::error::chain;
 use shim::vmm::ControlSlot;
 
-/// MicroVM sandboxes by hand, and a look at whether this host can run them
+/// The microVM sandboxes of this node: what they are, use and say; VMs by hand; and whether this host can run them
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = EXAMPLES, max_term_width = 100)]
+#[command(version, after_help = EXAMPLES, max_term_width = 100)]
 struct Ctvm {
     #[command(subcommand)]
     command: Command,
@@ -16,6 +17,25 @@ struct Ctvm {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// List the sandboxes of this node
+    #[command(after_help = PS_EXAMPLES)]
+    Ps(ps::Ps),
+    /// Show what each sandbox uses of this host, again and again
+    #[command(after_help = TOP_EXAMPLES)]
+    Top(top::Top),
+    /// Print a sandbox's log: lines of its shim, its monitor and its guest, 64 KiB at most
+    #[command(after_help = LOGS_EXAMPLES)]
+    Logs(logs::Logs),
+    /// Print what a sandbox's console said last, 16 KiB at most
+    Console(logs::One),
+    /// Print when each stage of a sandbox's start was reached
+    Timeline(logs::One),
+    /// Run a command in a container of a sandbox
+    #[command(after_help = EXEC_EXAMPLES)]
+    Exec(exec::Exec),
+    /// Print the metrics of all sandboxes, or serve them to Prometheus
+    #[command(after_help = METRICS_EXAMPLES)]
+    Metrics(metrics::Metrics),
     /// Boot a VM with its console on this terminal; leave with Ctrl-A x
     #[command(after_help = RUN_EXAMPLES)]
     Run(run::Run),
@@ -26,6 +46,8 @@ enum Command {
 const EXAMPLES: &str = "\
 Examples:
   ctvm check
+  ctvm ps
+  ctvm exec -t web -- sh
   ctvm run --kernel vmlinux --rootfs rootfs.erofs
   ctr run --rm --runtime io.containerd.ctvm.v2 docker.io/library/busybox:latest demo uname -r
 
@@ -36,7 +58,55 @@ Exit status:
   3   a file cannot be opened                       12  KVM could not go on running a vCPU
   4   the VM asked for cannot be made               13  the VMM failed
   5   this host cannot (no KVM, no permission)      14  the VMM was killed or crashed
-  6   the host has not enough of something";
+  6   the host has not enough of something
+  9   no such sandbox or container, or several      10  the sandbox is dead or does not answer
+ctvm exec ends with the status of its command, or 125.";
+
+const PS_EXAMPLES: &str = "\
+Examples:
+  ctvm ps
+  Ids of the sandboxes that are not well:
+    ctvm ps --json | jq -r '.[] | select(.remedy) | .sandbox'
+
+States: booting, running, failed (the VM did not come up), ended (the VM is gone), closing; silent (the shim does not
+answer) and dead (the shim has ended) come with what to do.";
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  ctvm top
+  One table, for a script:
+    ctvm top --once
+
+VM %CPU      of one processor, the guest's work included; 150.0 is one and a half
+VMM PRIVATE  the monitor's own pages
+GUEST MEMORY what the host has given of it";
+
+const LOGS_EXAMPLES: &str = "\
+Examples:
+  ctvm logs web
+  As it comes, the guest's lines only:
+    ctvm logs -f web | grep component=guest
+  What is older, or of a sandbox that has ended, is in containerd's log:
+    journalctl -u containerd | grep sandbox=ID";
+
+const EXEC_EXAMPLES: &str = "\
+Examples:
+  ctvm exec web -- ps aux
+  A shell in one container of a pod:
+    ctvm exec -t 4f0c --container app -- sh
+  Data through it:
+    tar c . | ctvm exec web -- tar x -C /tmp
+
+The command has the container's user, capabilities, environment and directory. Its exit status is ours; 125 is a failure
+before it ran.";
+
+const METRICS_EXAMPLES: &str = "\
+Examples:
+  ctvm metrics
+  For Prometheus, at http://127.0.0.1:9477/metrics:
+    ctvm metrics --listen 127.0.0.1:9477
+  One sandbox, without ctvm:
+    curl --unix-socket /run/ctvm/NAMESPACE/ID/metrics.sock http://ctvm/metrics";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -50,20 +120,30 @@ Examples:
 fn main() -> ExitCode {
     // First: the lowest free descriptors are given out from here on.
     let slot = ControlSlot::reserve();
-    match Ctvm::parse().command {
+    let ended = match Ctvm::parse().command {
         Command::Check => {
             let fine = check::report(&check::findings());
-            if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            return if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
-        Command::Run(options) => {
-            let ended = slot.map_err(Failure::from).and_then(|slot| run::run(&options, slot));
-            match ended {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(failure) => {
-                    eprintln!("ctvm: {}", failure.line());
-                    ExitCode::from(failure.exit_status())
-                }
-            }
+        Command::Exec(options) => {
+            return exec::run(&options).unwrap_or_else(|error| {
+                eprintln!("ctvm: {}", chain(&error).replace('\n', " "));
+                ExitCode::from(exec::FAILED)
+            });
+        }
+        Command::Run(options) => slot.map_err(Failure::from).and_then(|slot| run::run(&options, slot)),
+        Command::Ps(options) => ps::run(&options),
+        Command::Top(options) => top::run(&options),
+        Command::Logs(options) => logs::logs(&options),
+        Command::Console(options) => logs::console(&options),
+        Command::Timeline(options) => logs::timeline(&options),
+        Command::Metrics(options) => metrics::run(&options),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("ctvm: {}", failure.line());
+            ExitCode::from(failure.exit_status())
         }
     }
 }

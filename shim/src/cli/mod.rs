@@ -1,4 +1,5 @@
-//! `ctvm`, the operator's command line: boots a VM by hand, and says what a host lacks.
+//! `ctvm`, the operator's command line: shows the sandboxes of this node and runs commands in them, boots a VM by hand, and
+//! says what a host lacks.
 //!
 //! Every failure is one line on standard error and an exit status that tells its class:
 //!
@@ -13,22 +14,35 @@
 //! | 6 | the host has not enough of something |
 //! | 7 | the VMM cannot be found or started |
 //! | 8 | the VMM did not answer, or went away before the VM ran |
+//! | 9 | no such sandbox or container, or several of that name |
+//! | 10 | the sandbox is dead or does not answer |
 //! | 11 | the guest's kernel panicked |
 //! | 12 | KVM could not go on running a vCPU |
 //! | 13 | the VMM failed |
 //! | 14 | the VMM was killed or crashed |
+//!
+//! `ctvm exec` ends with the status of its command; a failure of its own is 125.
 
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use vmm_api::{ClientError, ErrorCode, ExitReason};
 
+use crate::cli::node::NodeError;
 use crate::error::chain;
 use crate::vmm::VmmError;
 
 pub mod check;
 pub mod console;
+pub mod exec;
+pub mod logs;
+pub mod merge;
+pub mod metrics;
+pub mod node;
+pub mod ps;
 pub mod run;
+pub mod table;
+pub mod top;
 
 /// A failure of `ctvm`: a line and an exit status.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +75,9 @@ pub enum Failure {
         /// The last line it logged.
         last_line: String,
     },
+    /// No such sandbox, or no answer from it.
+    #[error(transparent)]
+    Node(#[from] NodeError),
     /// The terminal, or another part of this process.
     #[error("{what}")]
     Local {
@@ -92,6 +109,7 @@ impl Failure {
             Failure::Client(_) => 8,
             Failure::Ended(reason) => reason.exit_status(),
             Failure::Crashed { .. } => 14,
+            Failure::Node(error) => error.exit_status(),
             Failure::Local { .. } => 1,
         }
     }

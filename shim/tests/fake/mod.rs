@@ -15,7 +15,7 @@
 //! | `missing` | cannot be started |
 //!
 //! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`; with `fake=slow`
-//! it takes its time to show a directory.
+//! it takes its time to show a directory, and with `fake=deaf` neither monitor nor agent answers when asked how it is.
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -25,9 +25,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use agent_api::metrics::Metrics;
 use agent_api::sandbox::{
-    ForwardRequest, ForwardResponse, OomKillsRequest, OomKillsResponse, Sandbox, SetupRequest, SetupResponse,
-    create_sandbox,
+    ForwardRequest, ForwardResponse, InfoRequest, InfoResponse, OomKillsRequest, OomKillsResponse, Sandbox,
+    SetupRequest, SetupResponse, create_sandbox,
 };
 use agent_api::stream::StreamId;
 use agent_api::task::{
@@ -38,13 +39,14 @@ use agent_api::task::{
 };
 use agent_api::{AGENT_PORT, LOG_PORT, METRICS_TYPE_URL, RESOURCES_TYPE_URL, STREAM_PORT};
 use async_trait::async_trait;
+use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use vmm_api::frame::{self, FrameError};
 use vmm_api::{
-    ApiError, CONTROL_FD, ErrorCode, Event, ExitReason, FdIndex, Message, Op, Outcome, Reply, Request,
+    ApiError, CONTROL_FD, ErrorCode, Event, ExitReason, FdIndex, Message, Op, Outcome, Reply, Request, Stats,
     Timeline,
 };
 
@@ -101,6 +103,14 @@ pub fn run() -> ! {
                 Some(_) => Outcome::Ok(Reply::Done),
                 None => Outcome::Err(ApiError::msg(ErrorCode::NotFound, at)),
             },
+            // Silent, as a monitor that hangs is.
+            Op::Stats if fault == "deaf" => continue,
+            Op::Stats => {
+                let mut stats = Stats { state: "running".into(), ..Stats::default() };
+                stats.exits.insert("mmio_write".into(), 7);
+                stats.devices.insert("blk0".into(), [("reads".to_owned(), 3)].into());
+                Outcome::Ok(Reply::Stats(Box::new(stats)))
+            }
             Op::Shutdown => Outcome::Ok(Reply::Done),
             other => Outcome::Err(ApiError::msg(ErrorCode::Internal, format!("{other:?}"))),
         };
@@ -127,8 +137,11 @@ pub fn run() -> ! {
                 }
                 "crash" => std::process::abort(),
                 _ => {
-                    let (control, shares) = (control.clone(), shares.clone());
-                    std::thread::spawn(move || agent(control, shares));
+                    eprintln!("ctvm-vmm: warn: fake: a word of the monitor");
+                    let console = console.as_ref().expect("configured");
+                    rustix::io::write(console, b"CTVM-INIT\r\n\x1b[2J").unwrap();
+                    let (control, shares, is_deaf) = (control.clone(), shares.clone(), fault == "deaf");
+                    std::thread::spawn(move || agent(control, shares, is_deaf));
                 }
             }
         }
@@ -148,14 +161,14 @@ fn dial(control: &OwnedFd, port: u32) -> UnixStream {
     guest
 }
 
-fn agent(control: Arc<OwnedFd>, shares: Shares) {
+fn agent(control: Arc<OwnedFd>, shares: Shares, is_deaf: bool) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async move {
         let mut log = dial(&control, LOG_PORT);
-        log.write_all(b"{\"level\":\"info\",\"source\":\"agent\",\"msg\":\"fake agent up\"}\n").unwrap();
+        log.write_all(b"{\"level\":\"info\",\"source\":\"agent\",\"container\":\"web\",\"msg\":\"fake \\u001b agent up\"}\n").unwrap();
         let socket = Socket::try_from(dial(&control, AGENT_PORT)).unwrap();
         let connections = async_stream(socket);
-        let fake = Arc::new(Fake { control, shares, processes: Mutex::default() });
+        let fake = Arc::new(Fake { control, shares, processes: Mutex::default(), is_deaf });
         let mut server = Server::new()
             .add_listener(Listener::new(connections))
             .register_service(create_task(fake.clone()))
@@ -176,6 +189,7 @@ struct Fake {
     control: Arc<OwnedFd>,
     shares: Shares,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+    is_deaf: bool,
 }
 
 struct Process {
@@ -288,6 +302,17 @@ impl Sandbox for Fake {
         Ok(response)
     }
 
+    async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        if self.is_deaf {
+            std::future::pending::<()>().await;
+        }
+        let mut info = InfoResponse::new();
+        info.kernel_release = "0.0-fake".into();
+        info.memory_total_kib = 1000;
+        info.cpus = 1;
+        Ok(info)
+    }
+
     async fn oom_kills(&self, _: &TtrpcContext, request: OomKillsRequest) -> ttrpc::Result<OomKillsResponse> {
         let init = self.find(&request.id, "")?;
         let (mut kills, mut exit) = (init.oom_kills.subscribe(), init.exit.subscribe());
@@ -385,7 +410,12 @@ impl Task for Fake {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         self.find(&request.id, "")?;
-        let value = b"counters".to_vec();
+        let mut metrics = Metrics::new();
+        metrics.cpu.mut_or_insert_default().usage_usec = 1_500_000;
+        metrics.memory.mut_or_insert_default().usage = 4096;
+        metrics.memory.mut_or_insert_default().usage_limit = u64::MAX;
+        metrics.pids.mut_or_insert_default().current = 2;
+        let value = metrics.write_to_bytes().unwrap();
         let stats = Any { type_url: METRICS_TYPE_URL.to_owned(), value, ..Any::default() };
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }

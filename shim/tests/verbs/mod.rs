@@ -2,6 +2,7 @@
 
 use crate::daemon::{Daemon, code, create_request, ctx, delete, kill_request, shutdown, start_request, wait};
 use crate::is_root;
+use agent_api::metrics::Metrics;
 use agent_api::task::{
     ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient,
     UpdateTaskRequest,
@@ -106,7 +107,7 @@ async fn counters_come_from_the_guest_as_they_are() {
     let request = StatsRequest { id: "web".into(), ..Default::default() };
     let stats = task.stats(ctx(), &request).await.unwrap().stats.unwrap();
     assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
-    assert_eq!(stats.value, b"counters");
+    assert_eq!(Metrics::parse_from_bytes(&stats.value).unwrap().cpu.usage_usec, 1_500_000);
     delete(&task, "web", "").await.unwrap();
     assert_eq!(code(task.stats(ctx(), &request).await.unwrap_err()).0, Code::NOT_FOUND);
     shutdown(&task, "web").await;

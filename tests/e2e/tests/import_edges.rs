@@ -66,6 +66,7 @@ const MAY: &[(&str, &[&str])] = &[
             "sk-lookup",
             "rtnetlink",
             "futures-util",
+            "nix",
         ],
     ),
     ("tap", &[]),
