@@ -17,7 +17,9 @@ pub fn runtime_info() -> Vec<u8> {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
-        "mountOptions": ["bind", "rbind", "ro", "rw", "nosuid", "nodev", "noexec", "private", "rprivate"],
+        "mountOptions": [
+            "bind", "rbind", "ro", "rro", "rw", "nosuid", "nodev", "noexec", "private", "rprivate", "slave", "rslave"
+        ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "pid", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
@@ -49,5 +51,7 @@ mod tests {
         assert_eq!(info.name, "io.containerd.ctvm.v2");
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
+        // By this one CRI offers recursively read-only mounts.
+        assert!(features["mountOptions"].as_array().unwrap().contains(&"rro".into()));
     }
 }

@@ -10,7 +10,7 @@ const TABLE: &str = include_str!("../../CONFORMANCE.md");
 #[test]
 fn every_case_ends_as_the_table_says() -> Result<()> {
     let daemon = Daemon::start(Some("1.7"))?;
-    let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm".into() };
+    let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm".into(), release: "1.7".into() };
     let outcomes = report::run(&ground, true, "");
     let column = report::column("ctvm", "1.7");
     let different: Vec<String> = outcomes

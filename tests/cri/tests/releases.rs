@@ -43,8 +43,7 @@ fn survives(release: &str, blow: Blow) -> Result<()> {
     })?;
     let ended = cri.status(&ending)?;
     ensure!(ended.exit_code == 7, "exit code {} instead of 7", ended.exit_code);
-    let (output, _) = pod.log(&config)?;
-    ensure!(output == "last words\n", "the log has {output:?}");
+    wait_until("the last words are in the log", || Ok(pod.log(&config)?.0 == "last words\n"))?;
     cri.start(&created).context("starting a container that was made before")?;
     ensure!(pod.script("echo new")? == "new", "no container can be added");
     ensure!(cri.stats(&running)?.cpu.is_some(), "no statistics");

@@ -199,8 +199,8 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let log = self.log();
+        let log = self.log();
+        if std::thread::panicking() || log.contains("goroutine ") {
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("--- end of containerd's log ---");
             tail.iter().rev().for_each(|line| eprintln!("{line}"));

@@ -28,7 +28,7 @@ fn main() -> Result<()> {
 
 fn run(handler: &str, release: &str, filter: &str) -> Result<()> {
     let daemon = Daemon::start(Some(release))?;
-    let ground = Ground { cri: daemon.cri.clone(), handler: handler.to_owned() };
+    let ground = Ground { cri: daemon.cri.clone(), handler: handler.to_owned(), release: release.to_owned() };
     let outcomes = report::run(&ground, handler.starts_with("ctvm"), filter);
     println!("{}", report::write(&report::column(handler, release), &outcomes));
     Ok(())

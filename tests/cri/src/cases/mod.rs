@@ -24,6 +24,8 @@ pub struct Ground {
     pub cri: Cri,
     /// Name of the runtime in its configuration.
     pub handler: String,
+    /// Release of containerd: `1.7`.
+    pub release: String,
 }
 
 impl Ground {

@@ -113,6 +113,10 @@ impl Drop for Mounted {
 }
 
 fn recursive_read_only(on: &Ground) -> Result<()> {
+    ensure!(
+        on.handler == "runc" || on.release != "2.1",
+        "not tried: containerd 2.1.9 reads the features of runc alone, and panics where others are asked for this"
+    );
     let pod = on.pod()?;
     let host = pod.host_folder("data")?;
     let _below = Mounted::tmpfs(&host.join("below"), "size=1m")?;
