@@ -157,6 +157,98 @@ fn a_pod_without_interfaces_has_its_loopback_and_the_hosts_network_is_refused() 
     Ok(())
 }
 
+/// Interfaces over a parent: `ip link add … type KIND`, and whether the other end needs one of the kind as well.
+const KINDS: [(u8, &str, bool); 4] = [
+    (20, "macvlan mode bridge", false),
+    (21, "ipvlan mode l2", false),
+    (22, "vlan id 7", true),
+    (23, "bond mode active-backup", false),
+];
+
+/// A pod whose `eth0` is of this kind, over one end of a veth; the other end has the address that pods call.
+fn pod_of_kind(number: u8, kind: &str, both: bool) -> Result<Pod> {
+    let pod = Pod { number };
+    let (name, host, parent) = (pod.name(), pod.host(), format!("par{number}"));
+    ip(&format!("netns add {name}"))?;
+    ip(&format!("link add {host} type veth peer name {parent}"))?;
+    ip(&format!("link set {host} up"))?;
+    let mut called = host.clone();
+    if both {
+        called = format!("{host}v");
+        ip(&format!("link add {called} link {host} type {kind}"))?;
+        ip(&format!("link set {called} up"))?;
+    }
+    ip(&format!("addr add 10.99.{number}.1/24 dev {called}"))?;
+    if kind.starts_with("bond") {
+        ip(&format!("link set {parent} netns {name}"))?;
+        pod.ip(&format!("link add eth0 type {kind}"))?;
+        pod.ip(&format!("link set {parent} master eth0"))?;
+        pod.ip(&format!("link set {parent} up"))?;
+    } else {
+        ip(&format!("link set {parent} up"))?;
+        ip(&format!("link add kind{number} link {parent} type {kind}"))?;
+        ip(&format!("link set kind{number} netns {name} name eth0"))?;
+    }
+    pod.ip(&format!("addr add 10.99.{number}.2/24 dev eth0"))?;
+    pod.ip("link set eth0 up")?;
+    Ok(pod)
+}
+
+#[test]
+fn interfaces_of_every_kind_reach_the_host() -> Result<()> {
+    for (number, kind, both) in KINDS {
+        let pod = pod_of_kind(number, kind, both).with_context(|| kind.to_owned())?;
+        let id = format!("kind{number}");
+        let output = run(&mut pod.container(&["--rm"], &id, &format!("ping -c 2 -W 20 10.99.{number}.1")))?;
+        assert_eq!(output.code, 0, "{kind}: {}{}", output.text(), output.errors());
+        drop(pod);
+        // Goes with its peer where that went with the namespace.
+        let _ = ip(&format!("link del veth{number}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn who_holds_a_tap_sees_the_vm() -> Result<()> {
+    const GUEST: [u8; 4] = [10, 99, 24, 2];
+    let pod = Pod { number: 24 };
+    ip(&format!("netns add {}", pod.name()))?;
+    // Made out here, where this process can hold it, and moved.
+    let holder = std::fs::File::from(tap::attach("held24", libc::IFF_TAP | libc::IFF_NO_PI)?);
+    ip(&format!("link set held24 netns {}", pod.name()))?;
+    pod.ip("addr add 10.99.24.2/24 dev held24")?;
+    pod.ip("link set held24 up")?;
+    run(&mut pod.container(&["-d"], "held", "sleep 1000"))?.ok()?;
+    CONTAINERD.wait_for("held", "RUNNING")?;
+    let address = pod.ip("-br link show held24")?;
+    let address = address.split_whitespace().nth(2).context("no address in `ip -br link`")?;
+    let guest: Vec<u8> = address.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<_, _>>()?;
+    // Who has the guest's address? RFC 826.
+    let ours = [2, 0, 0, 0, 24, 1];
+    let mut question = [[0xff; 6].as_slice(), &ours, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &ours].concat();
+    question.extend([10, 99, 24, 1, 0, 0, 0, 0, 0, 0]);
+    question.extend(GUEST);
+    let (mut reader, mut writer) = (holder.try_clone()?, holder);
+    let answer = std::thread::spawn(move || -> Result<Vec<u8>> {
+        let mut frame = [0; 2048];
+        loop {
+            let length = reader.read(&mut frame)?;
+            // An answer (operation 2) of ARP.
+            if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+                return Ok(frame[..length].to_vec());
+            }
+        }
+    });
+    wait_until("the guest answers", || {
+        writer.write_all(&question)?;
+        std::thread::sleep(Duration::from_millis(200));
+        Ok(answer.is_finished())
+    })?;
+    let answer = answer.join().expect("no panic")?;
+    assert_eq!((&answer[6..12], &answer[28..32]), (guest.as_slice(), GUEST.as_slice()));
+    CONTAINERD.remove("held")
+}
+
 #[test]
 fn an_interface_of_another_kind_is_refused_by_name() -> Result<()> {
     let pod = Pod::make(4)?;

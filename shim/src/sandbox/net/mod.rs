@@ -60,7 +60,7 @@ pub enum NetError {
     },
     /// There is no way to connect the VM to it.
     #[error(
-        "interface {name} is of kind {kind}; a VM can be connected to veth, macvlan, ipvlan, vlan and bond"
+        "interface {name} is of kind {kind}; a VM can be connected to veth, macvlan, ipvlan, vlan, bond and tap"
     )]
     Kind {
         /// Its name.

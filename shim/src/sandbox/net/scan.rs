@@ -73,15 +73,16 @@ pub async fn interfaces(handle: &Handle) -> Result<Vec<Interface>, NetError> {
     Ok(found)
 }
 
-/// An interface without its addresses; nothing for the loopback and for those that are down: tunnel modules leave one
-/// in every namespace.
+/// An interface without its addresses; nothing for the loopback, for those that are down (tunnel modules leave one in
+/// every namespace), and for those that are parts of another, as a bond's are.
 fn interface(link: &LinkMessage) -> Result<Option<Interface>, NetError> {
-    let (mut name, mut mac, mut mtu, mut kind) = (String::new(), None, 0, None);
+    let (mut name, mut mac, mut mtu, mut kind, mut part) = (String::new(), None, 0, None, false);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(value) => name.clone_from(value),
             LinkAttribute::Address(value) => mac = value.as_slice().try_into().ok(),
             LinkAttribute::Mtu(value) => mtu = *value,
+            LinkAttribute::Controller(_) => part = true,
             LinkAttribute::LinkInfo(infos) => {
                 kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.clone()),
@@ -91,10 +92,13 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, NetError> {
             _ => {}
         }
     }
-    if link.header.flags.contains(LinkFlags::Loopback) || !link.header.flags.contains(LinkFlags::Up) {
+    let flags = link.header.flags;
+    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) || part {
         return Ok(None);
     }
-    let wired = [InfoKind::Veth, InfoKind::MacVlan, InfoKind::IpVlan, InfoKind::Vlan, InfoKind::Bond];
+    // A tap (of kind tun, but with frames) has somebody at its other end, who is to see the VM instead of this host.
+    let wired =
+        [InfoKind::Veth, InfoKind::MacVlan, InfoKind::IpVlan, InfoKind::Vlan, InfoKind::Bond, InfoKind::Tun];
     match (link.header.link_layer_type, kind, mac) {
         // No kind: a network card that was moved into the pod.
         (LinkLayerType::Ether, kind, Some(mac)) if kind.as_ref().is_none_or(|kind| wired.contains(kind)) => {
@@ -147,6 +151,9 @@ mod tests {
         let veth = interface(&link("eth0", LinkFlags::Up, Some(InfoKind::Veth))).unwrap().unwrap();
         assert_eq!((veth.index, &*veth.name, veth.mac, veth.mtu), (7, "eth0", [2, 0, 0, 0, 0, 9], 1450));
         assert!(interface(&link("ens5", LinkFlags::Up, None)).unwrap().is_some());
+        let mut part = link("eth1", LinkFlags::Up, Some(InfoKind::Veth));
+        part.attributes.push(LinkAttribute::Controller(3));
+        assert_eq!(interface(&part).unwrap(), None);
         assert_eq!(interface(&link("lo", LinkFlags::Up | LinkFlags::Loopback, None)).unwrap(), None);
         assert_eq!(interface(&link("sit0", LinkFlags::empty(), Some(InfoKind::SitTun))).unwrap(), None);
         let error = interface(&link("wg0", LinkFlags::Up, Some(InfoKind::Wireguard))).unwrap_err();
