@@ -76,7 +76,11 @@ impl SandboxApi for PodService {
     ) -> ttrpc::Result<StopSandboxResponse> {
         log::debug!("stop sandbox {}", request.sandbox_id);
         let pod = self.pod(&request.sandbox_id)?;
-        run(async move { Ok(pod.stop_pod().await) }).await?;
+        run(async move {
+            pod.stop_pod().await;
+            Ok(())
+        })
+        .await?;
         Ok(StopSandboxResponse::new())
     }
 

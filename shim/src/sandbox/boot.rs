@@ -194,7 +194,7 @@ pub async fn boot(
     // From here on there is a process to stop when something fails.
     let streams = Streams::new();
     let mut fds = vec![kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
-    fds.extend(network.devices.iter().map(|device| device.tap.as_fd()));
+    fds.extend(network.devices.iter().flat_map(|device| &device.taps).map(AsFd::as_fd));
     match come_up(plan, &network, &vmm, events, &streams, &fds, timeline).await {
         Ok(agent) => Ok(Vm { vmm, agent, streams, console }),
         Err((stage, cause)) => {
@@ -320,14 +320,21 @@ fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
         // set-up seeds it from the host's: the device would be 56 exits and two kernel threads for nothing.
         rng: !std::arch::is_x86_feature_detected!("rdrand"),
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
-        nets: network.devices.iter().zip(FIRST_TAP..).map(|(device, fd)| net_config(device, fd)).collect(),
+        nets: net_configs(&network.devices),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
         serial: None,
     }
 }
 
-fn net_config(device: &Device, fd: u8) -> NetConfig {
-    NetConfig { taps: vec![FdIndex(fd)], mac: device.mac, mtu: device.mtu }
+/// Their descriptors follow each other in the order of the devices.
+fn net_configs(devices: &[Device]) -> Vec<NetConfig> {
+    let mut fds = (FIRST_TAP..).map(FdIndex);
+    let config = |device: &Device| NetConfig {
+        taps: fds.by_ref().take(device.taps.len()).collect(),
+        mac: device.mac,
+        mtu: device.mtu,
+    };
+    devices.iter().map(config).collect()
 }
 
 fn setup_request(plan: &Plan, network: &[NetworkStep]) -> std::io::Result<SetupRequest> {

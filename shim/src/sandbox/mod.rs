@@ -141,7 +141,7 @@ impl Sandbox {
             // Linux' HOST_NAME_MAX is 64.
             hostname: hostname.chars().take(63).collect(),
         };
-        let network = match self.connect(overview).await {
+        let network = match self.connect(overview, plan.config.vcpus).await {
             Ok(network) => network,
             Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
         };
@@ -182,7 +182,7 @@ impl Sandbox {
     }
 
     /// Connects the pod's interfaces with taps for the VM; what is to be undone is in the state file before it is done.
-    async fn connect(&self, overview: &Overview) -> Result<Network, NetError> {
+    async fn connect(&self, overview: &Overview, vcpus: u8) -> Result<Network, NetError> {
         let namespace = overview.network().ok_or(NetError::Host)?.to_owned();
         if namespace.as_os_str().is_empty() {
             return Ok(Network::default());
@@ -192,7 +192,7 @@ impl Sandbox {
         let names = interfaces.iter().map(|interface| interface.name.clone()).collect();
         let joined = Joined { namespace: namespace.clone(), interfaces: names };
         self.change_state(|state| state.network = Some(joined));
-        aside(move || net::join(&namespace, &interfaces)).await
+        aside(move || net::join(&namespace, &interfaces, vcpus)).await
     }
 
     /// Waits for the VM to be up.

@@ -76,7 +76,7 @@ fn make_bundle(daemon: &Daemon, namespace: &Netns) {
     daemon.make_bundle("web", &["sleep"], None);
     let file = daemon.bundle("web").join("config.json");
     let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    spec["linux"]["namespaces"][0]["path"] = namespace.path().into();
+    spec["linux"]["namespaces"][2]["path"] = namespace.path().into();
     fs::write(file, spec.to_string()).unwrap();
 }
 

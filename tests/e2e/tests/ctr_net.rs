@@ -157,6 +157,22 @@ fn a_pod_without_interfaces_has_its_loopback_and_the_hosts_network_is_refused() 
     Ok(())
 }
 
+#[test]
+fn a_pod_of_two_cpus_has_two_queues_for_each() -> Result<()> {
+    let pod = Pod::make(6)?;
+    let script = "ls -d /sys/class/net/eth0/queues/*; ping -c 2 -W 20 10.99.6.1";
+    let output = run(&mut pod.container(
+        &["--rm", "--cpu-quota", "200000", "--cpu-period", "100000"],
+        "queues",
+        script,
+    ))?;
+    assert_eq!(output.code, 0, "{}{}", output.text(), output.errors());
+    for queue in ["rx-0", "rx-1", "tx-0", "tx-1"] {
+        assert!(output.text().contains(queue), "no {queue} in {}", output.text());
+    }
+    Ok(())
+}
+
 /// Interfaces over a parent: `ip link add … type KIND`, and whether the other end needs one of the kind as well.
 const KINDS: [(u8, &str, bool); 4] = [
     (20, "macvlan mode bridge", false),

@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 
 use agent_api::sandbox::NetworkStep;
 use serde::{Deserialize, Serialize};
+use vmm_api::config::MAX_NET_PAIRS;
 
 pub use namespace::within;
 pub use scan::Interface;
@@ -97,8 +98,8 @@ pub struct Joined {
 /// One network device of the VM.
 #[derive(Debug)]
 pub struct Device {
-    /// Its tap.
-    pub tap: OwnedFd,
+    /// The queues of its tap, one for each pair of queues of the guest.
+    pub taps: Vec<OwnedFd>,
     /// Its address.
     pub mac: [u8; 6],
     /// Its largest packet, bytes.
@@ -122,16 +123,19 @@ pub fn look(path: &Path) -> Result<Vec<Interface>, NetError> {
     namespace::within(path, async |handle| scan::interfaces(&handle).await)
 }
 
-/// Connects the interfaces that [`look`] found in the namespace at `path`.
+/// Connects the interfaces that [`look`] found in the namespace at `path`, each with a pair of queues for each of
+/// `vcpus`, as far as a device has them.
 ///
 /// # Errors
 /// See [`NetError`]; what was done is to be undone by [`leave`].
-pub fn join(path: &Path, interfaces: &[Interface]) -> Result<Network, NetError> {
+pub fn join(path: &Path, interfaces: &[Interface], vcpus: u8) -> Result<Network, NetError> {
+    let queues = usize::from(vcpus).clamp(1, MAX_NET_PAIRS);
     let devices = namespace::within(path, async |handle| {
         let mut devices = Vec::new();
         for (number, interface) in interfaces.iter().enumerate() {
-            let tap = redirect::through_tap(&handle, interface, &format!("tap{number}_ctvm")).await?;
-            devices.push(Device { tap, mac: interface.mac, mtu: interface.mtu });
+            let name = format!("tap{number}_ctvm");
+            let taps = redirect::through_tap(&handle, interface, &name, queues).await?;
+            devices.push(Device { taps, mac: interface.mac, mtu: interface.mtu });
         }
         Ok(devices)
     })?;

@@ -20,11 +20,14 @@ fn netlink(what: impl Into<String>) -> impl FnOnce(Error) -> NetError {
     move |source| NetError::Netlink { what, source }
 }
 
-/// Makes the tap `name` and connects `interface` with it.
-pub async fn through_tap(handle: &Handle, interface: &Interface, name: &str) -> Result<OwnedFd, NetError> {
-    let tap = tap::open(name, 1)
-        .map(|mut queues| queues.remove(0))
-        .map_err(|source| NetError::Tap { name: name.to_owned(), source })?;
+/// Makes the tap `name` with so many queues and connects `interface` with it.
+pub async fn through_tap(
+    handle: &Handle,
+    interface: &Interface,
+    name: &str,
+    queues: usize,
+) -> Result<Vec<OwnedFd>, NetError> {
+    let taps = tap::open(name, queues).map_err(|source| NetError::Tap { name: name.to_owned(), source })?;
     let index = index_of(handle, name).await?.ok_or_else(|| NetError::Tap {
         name: name.to_owned(),
         source: std::io::ErrorKind::NotFound.into(),
@@ -37,7 +40,7 @@ pub async fn through_tap(handle: &Handle, interface: &Interface, name: &str) -> 
     redirect(handle, index, interface.index)
         .await
         .map_err(netlink(format!("redirect {name} to {}", interface.name)))?;
-    Ok(tap)
+    Ok(taps)
 }
 
 async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), Error> {
