@@ -12,8 +12,8 @@
 //! where it is appended to, and 16 KiB of its stream pass through here at a time.
 //!
 //! Both ends of an output fifo are held open, so that a client may come and go without the writer failing or the
-//! reader seeing the end. When a process has ended, the reading end alone is kept until it is deleted: a containerd that was
-//! away meanwhile still finds what is in the pipe, and then its end. Of an input fifo the writing end is held until `CloseIO`: a client that reconnects does not
+//! reader seeing the end. That comes when the process has ended and somebody has read what is in the pipe, or the process
+//! is deleted: a containerd that was away meanwhile opens the fifo anew, which waits for a writer, and finds the rest. Of an input fifo the writing end is held until `CloseIO`: a client that reconnects does not
 //! end the input.
 
 use std::fs::{File, OpenOptions};
@@ -28,15 +28,16 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::Shutdown;
 use rustix::pipe::{SpliceFlags, splice};
 use rustix::time::Timespec;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::container::logger::{self, Logger, LoggerError, Owner};
-use crate::watched::watch;
+use crate::watched::watch as watch_fd;
 
 /// Where a process's streams go, in containerd's words. Empty is nowhere.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -119,8 +120,6 @@ pub struct Fifos {
     stdout: Option<Output>,
     stderr: Option<Output>,
     logger: Option<Logger>,
-    /// Reading ends of the output fifos.
-    unread: Vec<OwnedFd>,
 }
 
 /// Where an output goes.
@@ -165,13 +164,7 @@ impl Fifos {
             stdout: output("stdout", stdout)?,
             stderr: output("stderr", stderr)?,
             logger: None,
-            unread: Vec::new(),
         };
-        for (name, path) in [("stdout", stdout), ("stderr", stderr)] {
-            if path.starts_with('/') {
-                fifos.unread.push(open_fifo(name, path, true, false)?);
-            }
-        }
         if let Some(uri) = [stdout, stderr].into_iter().find(|uri| is_logger(uri)) {
             let started = Logger::start(uri, owner).await;
             let (logger, inputs) =
@@ -234,7 +227,8 @@ pub struct Copying {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
     logger: Option<Logger>,
-    unread: Vec<OwnedFd>,
+    /// What waits for a reader ends with it.
+    kept: Option<watch::Sender<()>>,
     moved: Arc<AtomicU64>,
 }
 
@@ -246,12 +240,13 @@ impl Copying {
     pub fn start(fifos: Fifos, streams: Streams, terminal: bool) -> std::io::Result<Self> {
         let mut copying = Copying::default();
         copying.logger = fifos.logger;
-        copying.unread = fifos.unread;
+        let (kept, until_stopped) = watch::channel(());
+        copying.kept = Some(kept);
         let stdout = streams.stdout.map(stream_fd).transpose()?.map(Arc::new);
         let input =
             if terminal { stdout.clone() } else { streams.stdin.map(stream_fd).transpose()?.map(Arc::new) };
         if let (Some((reader, writer)), Some(stream)) = (fifos.stdin, input) {
-            let reader = watch(reader)?;
+            let reader = watch_fd(reader)?;
             copying.stdin_writer = Some(writer);
             copying.input = Some(tokio::spawn(async move {
                 if let Err(e) = copy(&reader, &stream, &AtomicU64::new(0)).await {
@@ -267,11 +262,13 @@ impl Copying {
             let moved = copying.moved.clone();
             copying.outputs.push(match output {
                 Output::Pipe(fifo) => {
-                    let fifo = watch(fifo)?;
+                    let fifo = watch_fd(fifo)?;
+                    let until_stopped = until_stopped.clone();
                     tokio::spawn(async move {
                         if let Err(e) = copy(&stream, &fifo, &moved).await {
                             log::debug!("{name}: {e}");
                         }
+                        tokio::spawn(until_read(fifo, until_stopped));
                     })
                 }
                 Output::File(file) => tokio::spawn(async move {
@@ -333,7 +330,22 @@ impl Copying {
             task.abort();
         }
         self.logger = None;
-        self.unread.clear();
+        self.kept = None;
+    }
+}
+
+/// How often an ended process's pipe is looked at when nobody reads it.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// Keeps a pipe open until it is empty, or nobody wants it any more.
+async fn until_read(pipe: AsyncFd<OwnedFd>, mut until_stopped: watch::Receiver<()>) {
+    // There is no event for it. A reader that is there is through in no time.
+    let mut pause = Duration::from_millis(1);
+    while ioctl_fionread(pipe.get_ref()).is_ok_and(|unread| unread > 0) {
+        tokio::select! {
+            _ = until_stopped.changed() => break,
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+        }
     }
 }
 
@@ -345,7 +357,7 @@ impl Drop for Copying {
 
 fn stream_fd(stream: UnixStream) -> std::io::Result<AsyncFd<OwnedFd>> {
     stream.set_nonblocking(true)?;
-    watch(stream.into())
+    watch_fd(stream.into())
 }
 
 /// Most bytes moved by one system call: what a pipe holds.
@@ -511,9 +523,13 @@ mod tests {
         guest.write_all(b" after").unwrap();
         drop(guest);
         assert!(copying.drain(Duration::from_secs(60), Duration::from_secs(60)).await);
-        let mut got = String::new();
-        client.read_to_string(&mut got).unwrap();
-        assert_eq!(got, "before after");
+        let read = move || {
+            let mut got = String::new();
+            client.read_to_string(&mut got).unwrap();
+            got
+        };
+        // The end comes when all is read.
+        assert_eq!(tokio::task::spawn_blocking(read).await.unwrap(), "before after");
     }
 
     /// What `Streams` and a guest that says `out` and `err` make of `stdio`.
@@ -598,10 +614,9 @@ mod tests {
         guests.write_all(b"last words").unwrap();
         drop(guests);
         assert!(copying.drain(Duration::from_secs(10), Duration::from_secs(10)).await);
-        // As containerd opens it; without a writer, another open would wait for one.
-        let reader = open_fifo("stdout", path.to_str().unwrap(), true, false).unwrap();
-        let mut text = String::new();
-        File::from(reader).read_to_string(&mut text).unwrap();
+        // Opening waits for a writer, which is still there, and reading ends, so it is gone then.
+        let text = tokio::task::spawn_blocking(move || std::fs::read_to_string(&path).unwrap());
+        let text = tokio::time::timeout(Duration::from_secs(10), text).await.unwrap().unwrap();
         assert_eq!(text, "last words");
         copying.stop();
     }
