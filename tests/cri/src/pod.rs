@@ -184,6 +184,11 @@ impl Drop for Pod {
         // After a failed case there is nothing to do about a second failure.
         let _ = self.cri.stop_pod(&self.id);
         let _ = self.cri.remove_pod(&self.id);
+        // As the kubelet does, whose group it is.
+        if let Some(linux) = &self.config.linux {
+            let group = format!("/sys/fs/cgroup{}", linux.cgroup_parent);
+            let _ = std::fs::remove_dir(group);
+        }
     }
 }
 
