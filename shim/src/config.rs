@@ -42,7 +42,7 @@ pub struct Config {
     pub prefault: bool,
     /// Threads of the file server.
     pub fs_threads: u8,
-    /// Put the VMM into the control group that the OCI spec names (cgroup v2 only).
+    /// Put VMM and shim into the control group that the OCI spec names.
     pub host_cgroup: bool,
     /// `error`, `warn`, `info`, `debug` or `trace`.
     pub log_level: LogLevel,

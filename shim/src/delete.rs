@@ -144,7 +144,7 @@ mod tests {
             shim: Some(ProcessId { pid: std::process::id(), start_ticks: 1 }),
             vmm: ProcessId::of(vmm.id()),
             socket: socket.clone(),
-            cgroup: None,
+            cgroups: vec![],
             network: None,
             fifos: vec![fifo.clone(), ordinary.clone()],
         };

@@ -298,11 +298,7 @@ fn control_groups() -> Finding {
             )
         }
     } else {
-        poor(
-            "cgroups",
-            "not version 2",
-            "sandboxes run, but their VMMs are not put into the pods' groups; boot with systemd.unified_cgroup_hierarchy=1",
-        )
+        good("cgroups", "version 1 or hybrid")
     }
 }
 

@@ -64,6 +64,8 @@ pub struct Sandbox {
     vm: watch::Sender<Progress>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     closing: watch::Sender<Closing>,
+    /// The control groups that this process came from, once it has left them.
+    home_groups: Mutex<Vec<PathBuf>>,
     /// For a sandbox of the Sandbox API alone.
     pod: Mutex<Option<PodLife>>,
 }
@@ -116,6 +118,7 @@ impl Sandbox {
             vm: watch::Sender::new(Progress::Booting),
             containers: Mutex::default(),
             closing: watch::Sender::new(Closing::No),
+            home_groups: Mutex::default(),
             pod: Mutex::default(),
         }))
     }
@@ -145,16 +148,17 @@ impl Sandbox {
             Ok(network) => network,
             Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
         };
-        let group = cgroup::directory(&overview.linux.cgroups_path).filter(|_| self.config.host_cgroup);
+        let groups = match self.config.host_cgroup {
+            true => cgroup::directories(&overview.linux.cgroups_path),
+            false => Vec::new(),
+        };
         let spawned = |pid| {
             self.change_state(|state| {
                 state.vmm = ProcessId::of(pid);
-                state.cgroup.clone_from(&group);
+                state.cgroups.clone_from(&groups);
             });
-            if let Some(group) = &group
-                && let Err(e) = cgroup::enter(group, pid)
-            {
-                log::warn!("the VMM stays outside control group {}: {e}", group.display());
+            if let Err(e) = cgroup::enter(&groups, pid) {
+                log::warn!("the VMM stays outside control group {:?}: {e}", overview.linux.cgroups_path);
             }
             // The pod's own score, not the daemon's protection. Lowering it may be forbidden, and is then left.
             let score = overview.process.oom_score_adj.unwrap_or(0);
@@ -167,12 +171,24 @@ impl Sandbox {
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
                 tokio::spawn(self.clone().watch_vm(vm.clone()));
+                tokio::spawn(self.clone().move_shim(groups));
                 // A namespace without a name is nobody's to enter.
                 if let Some(namespace) = overview.network().filter(|path| !path.as_os_str().is_empty()) {
                     tokio::spawn(forward::serve(vm, namespace.to_owned()));
                 }
             }
             Err(e) => self.boot_failed(e),
+        }
+    }
+
+    /// Has the pod pay for its shim as well. A move can take milliseconds, so nobody waits for it.
+    async fn move_shim(self: Arc<Self>, groups: Vec<PathBuf>) {
+        let home = cgroup::current();
+        let to = groups.clone();
+        // Before the move: an end meanwhile has to know the way back.
+        *self.home_groups.lock().expect("no code panics while it holds this lock") = home;
+        if let Err(e) = aside(move || cgroup::enter(&to, std::process::id())).await {
+            log::debug!("the shim stays outside its control groups {groups:?}: {e}");
         }
     }
 
@@ -340,6 +356,11 @@ impl Sandbox {
                 log::warn!("killing the VMM: {e}");
             }
         }
+        let home =
+            std::mem::take(&mut *self.home_groups.lock().expect("no code panics while it holds this lock"));
+        if let Err(e) = aside(move || cgroup::enter(&home, std::process::id())).await {
+            log::warn!("leaving the pod's control groups: {e}");
+        }
         if let Err(e) = remove_leftovers(&state, &self.state_dir) {
             log::warn!("cleaning up: {e}");
         }
@@ -374,7 +395,7 @@ impl Sandbox {
 
 /// Does what blocks for a while on a thread of its own.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.expect("work on the network does not panic")
+    tokio::task::spawn_blocking(work).await.expect("work of ours does not panic")
 }
 
 /// Removes what is left of a sandbox whose processes have ended: socket, control group, redirections, state directory.
@@ -386,7 +407,7 @@ pub fn remove_leftovers(state: &State, state_dir: &Path) -> std::io::Result<()> 
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     };
-    let group = state.cgroup.as_deref().map_or(Ok(()), cgroup::remove);
+    let group = cgroup::remove(&state.cgroups);
     let network = state.network.as_ref().map_or(Ok(()), net::leave).map_err(std::io::Error::other);
     let dir = state_file::remove_dir(state_dir);
     socket.and(group).and(network).and(dir)

@@ -35,9 +35,9 @@ pub struct State {
     pub vmm: Option<ProcessId>,
     /// The shim's socket.
     pub socket: PathBuf,
-    /// A control group made for the VMM.
+    /// Control groups made for VMM and shim.
     #[serde(default)]
-    pub cgroup: Option<PathBuf>,
+    pub cgroups: Vec<PathBuf>,
     /// Interfaces whose traffic goes to the VM.
     #[serde(default)]
     pub network: Option<Joined>,
@@ -191,7 +191,7 @@ mod tests {
             shim: Some(ProcessId { pid: 1, start_ticks: 2 }),
             vmm: None,
             socket: "/run/s".into(),
-            cgroup: None,
+            cgroups: vec![],
             network: None,
             fifos: vec![],
         };
