@@ -73,29 +73,28 @@ impl Sandbox {
         let sandbox = self.clone();
         tokio::spawn(async move {
             let mut is_lost = false;
-            let exit = match vm.agent.wait(&container.id, &process.exec_id).await {
-                Ok(response) => Exit {
-                    status: response.exit_status,
-                    at: response.exited_at.into_option().unwrap_or_else(clock::timestamp),
-                },
+            let status = match vm.agent.wait(&container.id, &process.exec_id).await {
+                Ok(response) => response.exit_status,
                 // Deleted before it was started, or a fault of the agent's.
                 Err(AgentError::Refused { message, .. }) => {
                     log::debug!(container:% = container.id, exec:% = process.exec_id; "waiting for its end: {message}");
-                    Exit { status: UNKNOWN, at: clock::timestamp() }
+                    UNKNOWN
                 }
                 Err(e) => {
                     log::debug!(container:% = container.id, exec:% = process.exec_id; "waiting for its end: {e}");
                     is_lost = true;
-                    Exit { status: lost(&vm).await, at: clock::timestamp() }
+                    lost(&vm).await
                 }
             };
-            sandbox.ended(&container, &process, exit, is_lost).await;
+            sandbox.ended(&container, &process, status, is_lost).await;
         });
     }
 
-    async fn ended(&self, container: &Container, process: &Process, exit: Exit, is_lost: bool) {
+    async fn ended(&self, container: &Container, process: &Process, status: u32, is_lost: bool) {
         // After `Start` has published: its event comes first.
         let _turn = process.turn.lock().await;
+        // By this host's clock: a guest's may be behind, and an end before its start confuses everybody.
+        let exit = Exit { status, at: clock::timestamp() };
         let timeouts = &self.config.timeouts;
         let is_init = process.exec_id.is_empty();
         let drained =

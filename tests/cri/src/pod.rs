@@ -63,7 +63,13 @@ impl Pod {
             ..PodSandboxConfig::default()
         };
         change(&mut config);
-        let id = cri.run_pod(&config, handler)?;
+        let id = match cri.run_pod(&config, handler) {
+            // The CNI plugins of Debian do not take up what a signal interrupts, which slow machines show.
+            Err(e) if format!("{e:#}").contains("interrupted system call") => {
+                cri.run_pod(&config, handler)?
+            }
+            other => other?,
+        };
         Ok(Pod { id, config, cri: cri.clone(), folder })
     }
 
