@@ -340,7 +340,7 @@ impl Sandbox {
             return false;
         }
         // Before the VM ends, so that its end is no news.
-        if self.closing.send_replace(Closing::Asked) != Closing::No {
+        if !begins(&self.closing) {
             return true;
         }
         // A boot on its way is given a moment.
@@ -393,6 +393,18 @@ impl Sandbox {
     }
 }
 
+/// Begins the end of a sandbox, once: containerd asks for each container of a pod, and one that asks when it is done must
+/// not undo that.
+fn begins(closing: &watch::Sender<Closing>) -> bool {
+    closing.send_if_modified(|closing| {
+        let first = *closing == Closing::No;
+        if first {
+            *closing = Closing::Asked;
+        }
+        first
+    })
+}
+
 /// Does what blocks for a while on a thread of its own.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("work of ours does not panic")
@@ -411,4 +423,19 @@ pub fn remove_leftovers(state: &State, state_dir: &Path) -> std::io::Result<()> 
     let network = state.network.as_ref().map_or(Ok(()), net::leave).map_err(std::io::Error::other);
     let dir = state_file::remove_dir(state_dir);
     socket.and(group).and(network).and(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_is_done_stays_done() {
+        let closing = watch::Sender::new(Closing::No);
+        assert!(begins(&closing) && !begins(&closing));
+        assert_eq!(*closing.borrow(), Closing::Asked);
+        closing.send_replace(Closing::Done);
+        assert!(!begins(&closing));
+        assert_eq!(*closing.borrow(), Closing::Done);
+    }
 }
