@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+
+use crate::run;
 
 /// How long the system may take to come back to an earlier census.
 const SETTLE: Duration = Duration::from_secs(60);
@@ -14,13 +17,27 @@ const SETTLE: Duration = Duration::from_secs(60);
 /// when it deletes a task, and has none to delete after its shim was killed (so also with runc).
 const FOLDERS: &[&str] = &["/run/ctvm", "/run/containerd/s", "/tmp", "/dev/shm"];
 
+/// Where network namespaces have their names.
+const NAMESPACES: &str = "/run/netns";
+
 /// Name of a thing to how often it is there.
+type Count = BTreeMap<String, usize>;
+
+/// What was there at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Census(BTreeMap<String, usize>);
+pub struct Census {
+    count: Count,
+    folders: Vec<PathBuf>,
+}
 
 impl Census {
     /// Counts what is there now.
     pub fn take() -> Result<Census> {
+        Self::take_with(&[])
+    }
+
+    /// The same, and the files in `folders`.
+    pub fn take_with(folders: &[PathBuf]) -> Result<Census> {
         let mut count = BTreeMap::new();
         let mut see = |kind: &str, name: &str| *count.entry(format!("{kind} {name}")).or_insert(0) += 1;
         for entry in fs::read_dir("/proc")? {
@@ -37,25 +54,35 @@ impl Census {
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             see("mount", line.split(' ').nth(4).unwrap_or("?"));
         }
-        for entry in fs::read_dir("/sys/class/net")? {
-            see("interface", &entry?.file_name().to_string_lossy());
+        for line in fs::read_to_string("/proc/net/unix")?.lines().skip(1) {
+            // One that was accepted has the name of the one that listens, so each name counts once, below.
+            if let Some(path) = line.split_whitespace().nth(7) {
+                see("socket", path);
+            }
         }
         walk(Path::new("/sys/fs/cgroup"), &mut |path, is_dir| {
             if is_dir {
                 see("cgroup", &path.to_string_lossy());
             }
         });
-        for folder in FOLDERS {
-            walk(Path::new(folder), &mut |path, _| see("file", &path.to_string_lossy()));
+        for folder in FOLDERS.iter().map(Path::new).chain(folders.iter().map(PathBuf::as_path)) {
+            walk(folder, &mut |path, _| see("file", &path.to_string_lossy()));
         }
-        Ok(Census(count))
+        count.iter_mut().filter(|(name, _)| name.starts_with("socket ")).for_each(|(_, count)| *count = 1);
+        count_network(None, &mut count)?;
+        for entry in fs::read_dir(NAMESPACES).into_iter().flatten() {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            count.insert(format!("network namespace {name}"), 1);
+            count_network(Some(&name), &mut count)?;
+        }
+        Ok(Census { count, folders: folders.to_vec() })
     }
 
     /// Waits until everything is as it was at this census; else an error that names what is new and what is gone.
     pub fn settle(&self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
         loop {
-            let differences = self.differences(&Census::take()?);
+            let differences = self.differences(&Census::take_with(&self.folders)?);
             if differences.is_empty() {
                 return Ok(());
             }
@@ -67,14 +94,44 @@ impl Census {
     }
 
     fn differences(&self, now: &Census) -> Vec<String> {
-        let names: std::collections::BTreeSet<_> = self.0.keys().chain(now.0.keys()).collect();
-        let of = |census: &Census, name: &String| census.0.get(name).copied().unwrap_or(0);
+        let names: std::collections::BTreeSet<_> = self.count.keys().chain(now.count.keys()).collect();
+        let of = |census: &Census, name: &String| census.count.get(name).copied().unwrap_or(0);
         names
             .into_iter()
             .filter(|name| of(self, name) != of(now, name))
             .map(|name| format!("  {name}: {} then, {} now", of(self, name), of(now, name)))
             .collect()
     }
+}
+
+/// Interfaces (taps among them), queueing disciplines and redirections, in a namespace or in our own.
+fn count_network(namespace: Option<&str>, count: &mut Count) -> Result<()> {
+    let place = namespace.map_or(String::new(), |name| format!(" in {name}"));
+    let mut see = |kind: &str, what: &str| *count.entry(format!("{kind} {what}{place}")).or_insert(0) += 1;
+    let command = |program: &str, words: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(namespace.iter().flat_map(|name| ["-n", name])).args(words);
+        // A namespace may lose its name meanwhile: then it has nothing.
+        Ok::<_, anyhow::Error>(run(&mut command)?.text())
+    };
+    let links = command("ip", &["-o", "link", "show"])?;
+    for line in links.lines() {
+        // `3: eth0@if7: <…> mtu …`
+        see("interface", line.split(' ').nth(1).unwrap_or("?").trim_end_matches(':'));
+    }
+    let disciplines = command("tc", &["qdisc", "show"])?;
+    for line in disciplines.lines() {
+        // `qdisc ingress ffff: dev eth0 parent …`; numbers are made up by the kernel.
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let device = words.iter().position(|&word| word == "dev").and_then(|at| words.get(at + 1));
+        let (kind, device) = (words.get(1).unwrap_or(&"?"), device.unwrap_or(&"?"));
+        see("qdisc", &format!("{kind} of {device}"));
+        if matches!(*kind, "ingress" | "clsact") {
+            let filters = command("tc", &["filter", "show", "dev", device, "ingress"])?;
+            filters.lines().for_each(|line| see("filter", &format!("{} of {device}", line.trim())));
+        }
+    }
+    Ok(())
 }
 
 fn walk(folder: &Path, see: &mut impl FnMut(&Path, bool)) {
@@ -94,8 +151,11 @@ mod tests {
 
     #[test]
     fn a_difference_is_named_with_both_counts() {
-        let before = Census(BTreeMap::from([("mount /a".into(), 1), ("process x".into(), 2)]));
-        let after = Census(BTreeMap::from([("mount /a".into(), 1), ("process x".into(), 3)]));
+        let census = |processes| {
+            let count = BTreeMap::from([("mount /a".into(), 1), ("process x".into(), processes)]);
+            Census { count, folders: Vec::new() }
+        };
+        let (before, after) = (census(2), census(3));
         assert_eq!(before.differences(&after), ["  process x: 2 then, 3 now"]);
         assert!(before.differences(&before.clone()).is_empty());
     }

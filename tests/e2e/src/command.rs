@@ -92,11 +92,16 @@ fn finish(mut child: Child, command: &Command, limit: Duration) -> Result<Finish
 }
 
 /// Asks `condition` until it is true; an error naming `what` after [`LIMIT`].
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + LIMIT;
+pub fn wait_until(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    wait_at_most(LIMIT, what, condition)
+}
+
+/// The same with a limit of one's own.
+pub fn wait_at_most(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + limit;
     while !condition()? {
         if Instant::now() > deadline {
-            bail!("not within {LIMIT:?}: {what}");
+            bail!("not within {limit:?}: {what}");
         }
         std::thread::sleep(Duration::from_millis(50));
     }

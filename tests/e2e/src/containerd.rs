@@ -191,6 +191,14 @@ impl Containerd {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
+    /// Shows the end of its log.
+    pub fn show_log(&self) {
+        let log = self.log();
+        let tail: Vec<&str> = log.lines().rev().take(60).collect();
+        eprintln!("--- end of containerd's log ---");
+        tail.iter().rev().for_each(|line| eprintln!("{line}"));
+    }
+
     /// The bundle of a task.
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.folder.path().join("state/io.containerd.runtime.v2.task").join(self.setup.namespace).join(id)
@@ -199,11 +207,8 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let log = self.log();
-        if std::thread::panicking() || log.contains("goroutine ") {
-            let tail: Vec<&str> = log.lines().rev().take(60).collect();
-            eprintln!("--- end of containerd's log ---");
-            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        if std::thread::panicking() || self.log().contains("goroutine ") {
+            self.show_log();
         }
         // Both fail only when it is dead already.
         let _ = self.daemon.kill();
