@@ -1,7 +1,8 @@
-//! A containerd with CRI, a CNI network of its own, and runtimes: ours with a pause container (`ctvm`)
-//! and without (`ctvm-pod`, the Sandbox API), and runc.
+//! A containerd with CRI, a CNI network of its own, and runtimes: ours with a pause container (`ctvm`), without (`ctvm-pod`,
+//! the Sandbox API) and with variants, and runc.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -73,6 +74,10 @@ fn configuration(folder: &Path) -> Result<String> {
         ],
     });
     fs::write(cni.join("10-bridge.conflist"), serde_json::to_vec_pretty(&network)?)?;
+    let config = fs::read_to_string("/etc/ctvm/config.toml").context("read the shim's configuration")?;
+    let more = "annotations = [\"vcpus\", \"memory_mib\", \"cmdline\"]\n";
+    fs::write(folder.join("ctvm-lenient.toml"), format!("{more}{config}"))?;
+    write_logged(folder, &config)?;
     Ok(format!(
         r#"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -87,16 +92,44 @@ fn configuration(folder: &Path) -> Result<String> {
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm]
       runtime_type = "io.containerd.ctvm.v2"
       privileged_without_host_devices = true
-      pod_annotations = ["ctvm.*", "io.katacontainers.*"]
+      pod_annotations = ["io.ctvm.*", "io.katacontainers.*"]
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm-pod]
       runtime_type = "io.containerd.ctvm.v2"
       sandboxer = "shim"
       sandbox_mode = "shim"
       privileged_without_host_devices = true
-      pod_annotations = ["ctvm.*", "io.katacontainers.*"]
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      pod_annotations = ["io.ctvm.*", "io.katacontainers.*"]
+{}{}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
 "#,
-        cni.display()
+        cni.display(),
+        variant("lenient", folder),
+        variant("logged", folder),
     ))
+}
+
+/// One more runtime of ours, with a configuration of its own: `ctvm-lenient` lets pods change the guest kernel's command
+/// line, `ctvm-logged` has system calls that the VMM's filters do not list written to the host's log.
+fn variant(name: &str, folder: &Path) -> String {
+    let table = format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.ctvm-{name}");
+    format!(
+        r#"    {table}]
+      runtime_type = "io.containerd.ctvm.v2"
+      privileged_without_host_devices = true
+      pod_annotations = ["io.ctvm.*", "io.katacontainers.*"]
+      {table}.options]
+        ConfigPath = "{}/ctvm-{name}.toml"
+"#,
+        folder.display()
+    )
+}
+
+/// The configuration of `ctvm-logged`: a VMM that is told so by a script, as there is no key for it.
+fn write_logged(folder: &Path, config: &str) -> Result<()> {
+    let vmm = folder.join("ctvm-vmm-logged");
+    fs::write(&vmm, format!("#!/bin/sh\nexec {}/ctvm-vmm --seccomp log\n", e2e::BIN))?;
+    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755))?;
+    let rest = config.lines().filter(|line| !line.starts_with("vmm ")).collect::<Vec<_>>().join("\n");
+    fs::write(folder.join("ctvm-logged.toml"), format!("vmm = \"{}\"\n{rest}\n", vmm.display()))?;
+    Ok(())
 }

@@ -6,10 +6,13 @@
 pub mod cases;
 pub mod client;
 pub mod daemon;
+pub mod events;
+pub mod harm;
 pub mod pod;
 pub mod report;
 pub mod websocket;
 
 pub use client::Cri;
 pub use daemon::Daemon;
+pub use events::Events;
 pub use pod::Pod;

@@ -30,6 +30,35 @@ pub struct Pod {
     pub config: PodSandboxConfig,
     cri: Cri,
     folder: TempDir,
+    // Dropped after the pod's end.
+    _group: Group,
+}
+
+/// The control group that the kubelet makes for a pod, and removes when it has removed the pod.
+#[derive(Debug)]
+struct Group(PathBuf);
+
+impl Group {
+    fn make(parent: &str) -> Result<Group> {
+        let path = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
+        std::fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
+        Ok(Group(path))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // What is left of a pod keeps it, and the census tells.
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// Removes the control groups of pods that are gone, as the kubelet does it for those that it does not know.
+pub fn remove_empty_groups() {
+    for entry in std::fs::read_dir("/sys/fs/cgroup/kubepods").into_iter().flatten().flatten() {
+        // Fails for one that is in use, and for what is no group.
+        let _ = std::fs::remove_dir(entry.path());
+    }
 }
 
 impl Pod {
@@ -63,6 +92,7 @@ impl Pod {
             ..PodSandboxConfig::default()
         };
         change(&mut config);
+        let group = Group::make(config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent))?;
         let id = match cri.run_pod(&config, handler) {
             // The CNI plugins of Debian do not take up what a signal interrupts, which slow machines show.
             Err(e) if format!("{e:#}").contains("interrupted system call") => {
@@ -70,7 +100,7 @@ impl Pod {
             }
             other => other?,
         };
-        Ok(Pod { id, config, cri: cri.clone(), folder })
+        Ok(Pod { id, config, cri: cri.clone(), folder, _group: group })
     }
 
     /// The configuration of a container that runs `command`.
@@ -190,11 +220,6 @@ impl Drop for Pod {
         // After a failed case there is nothing to do about a second failure.
         let _ = self.cri.stop_pod(&self.id);
         let _ = self.cri.remove_pod(&self.id);
-        // As the kubelet does, whose group it is.
-        if let Some(linux) = &self.config.linux {
-            let group = format!("/sys/fs/cgroup{}", linux.cgroup_parent);
-            let _ = std::fs::remove_dir(group);
-        }
     }
 }
 
