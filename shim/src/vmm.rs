@@ -316,8 +316,14 @@ impl Vmm {
             return exit;
         }
         log::warn!("the VMM (process {}) did not end within {grace:?}: killing it", self.pid);
-        let _ = pidfd_send_signal(&*self.pidfd, Signal::KILL);
+        self.kill();
         self.exited().await
+    }
+
+    /// Kills the VMM.
+    pub fn kill(&self) {
+        // Fails when it has ended.
+        let _ = pidfd_send_signal(&*self.pidfd, Signal::KILL);
     }
 }
 

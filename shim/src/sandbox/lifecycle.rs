@@ -22,8 +22,10 @@ use crate::vmm::VmmError;
 const EXECS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the VMM has to end after the agent's connection broke.
 const VMM_TIMEOUT: Duration = Duration::from_secs(3);
+/// The signal that nobody can ignore.
+const SIGKILL: u32 = 9;
 /// Exit code of a process that was killed by SIGKILL.
-const KILLED: u32 = 128 + 9;
+const KILLED: u32 = 128 + SIGKILL;
 /// Exit code of a process of which nobody knows how it ended: containerd's own.
 const UNKNOWN: u32 = 255;
 
@@ -141,7 +143,7 @@ impl Sandbox {
         }
     }
 
-    /// Sends a signal.
+    /// Sends a signal. SIGKILL is carried out even by a guest that hangs: with its VM.
     ///
     /// # Errors
     /// [`TaskError::Finished`] when there is nobody to get it.
@@ -151,7 +153,15 @@ impl Sandbox {
             return Err(TaskError::Finished);
         }
         let vm = self.running_vm().ok_or(TaskError::Finished)?;
-        vm.agent.kill(&request).await.map_err(|e| self.explained(e))
+        match vm.agent.kill(&request).await {
+            Err(e @ AgentError::Deadline { .. }) if request.signal == SIGKILL => {
+                log::error!("{e}: killing the VM, as {} is to be killed", request.id);
+                vm.vmm.kill();
+                vm.vmm.exited().await;
+                Ok(())
+            }
+            done => done.map_err(|e| self.explained(e)),
+        }
     }
 
     /// Sets the size of a process's terminal.
