@@ -26,12 +26,16 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the given release (`1.6`, `1.7`, `2.1`), or the lab's own.
     pub fn start(release: Option<&str>) -> Result<Daemon> {
-        let setup = Setup {
-            release: release.map(str::to_owned),
-            namespace: "k8s.io",
-            config: configuration,
-            ..Setup::default()
-        };
+        Self::start_from(Setup { release: release.map(str::to_owned), ..Setup::default() })
+    }
+
+    /// Starts the lab's own with all of its files in `parent`.
+    pub fn start_in(parent: &Path) -> Result<Daemon> {
+        Self::start_from(Setup { parent: parent.to_owned(), ..Setup::default() })
+    }
+
+    fn start_from(setup: Setup) -> Result<Daemon> {
+        let setup = Setup { namespace: "k8s.io", config: configuration, ..setup };
         let containerd = setup.start()?;
         let cri = Cri::connect(&containerd.socket())?;
         for image in [e2e::IMAGE, "ctvm.local/pause:latest"] {

@@ -102,6 +102,11 @@ impl Containerd {
         wait_until("containerd answers", || Ok(run(self.ctr().arg("version"))?.code == 0))
     }
 
+    /// Process number of the daemon.
+    pub fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
     /// `kill -9` for the daemon; what it started goes on.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.kill().context("killing containerd")?;

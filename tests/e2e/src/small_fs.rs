@@ -1,4 +1,4 @@
-//! A file system that is soon full.
+//! File systems of a test's own: one that is soon full, and one as on a disk.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -10,16 +10,27 @@ use tempfile::TempDir;
 
 use crate::run;
 
-/// A tmpfs of a given size; unmounted when dropped.
+/// A file system of a given size; unmounted when dropped.
 #[derive(Debug)]
 pub struct SmallFs(TempDir);
 
 impl SmallFs {
-    /// Mounts one of `bytes` in a folder of its own.
+    /// Mounts a tmpfs of `bytes` in a folder of its own.
     pub fn mount(bytes: u64) -> Result<SmallFs> {
         let folder = tempfile::Builder::new().prefix("small").tempdir_in("/var/tmp")?;
         let size = format!("size={bytes}");
         run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()))?.ok()?;
+        Ok(SmallFs(folder))
+    }
+
+    /// Makes and mounts an ext4 of `bytes`, which can do more than a tmpfs: attributes of users, for example.
+    pub fn ext4(bytes: u64) -> Result<SmallFs> {
+        let folder = tempfile::Builder::new().prefix("ext4").tempdir_in("/var/tmp")?;
+        let image = tempfile::NamedTempFile::new_in("/var/tmp")?;
+        image.as_file().set_len(bytes)?;
+        run(Command::new("mkfs.ext4").arg("-q").arg(image.path()))?.ok()?;
+        run(Command::new("mount").args(["-o", "loop"]).arg(image.path()).arg(folder.path()))?.ok()?;
+        // The loop device holds the image, whose name goes here.
         Ok(SmallFs(folder))
     }
 

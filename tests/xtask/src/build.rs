@@ -31,15 +31,24 @@ pub fn target() -> PathBuf {
 
 /// The lab's PID 1, static.
 pub fn lab_init() -> Result<PathBuf> {
+    static_program("lab-init")
+}
+
+/// What the lab's tests run inside containers, static.
+pub fn exerciser() -> Result<PathBuf> {
+    static_program("exerciser")
+}
+
+fn static_program(name: &str) -> Result<PathBuf> {
     // A folder of its own: other flags in the shared one would rebuild everything at each turn.
     let folder = target().join("static");
     let mut command = cargo("build");
     command
-        .args(["--package", "lab-init", "--bin", "lab-init", "--target", TARGET, "--target-dir"])
+        .args(["--package", name, "--bin", name, "--target", TARGET, "--target-dir"])
         .arg(&folder)
         .env("RUSTFLAGS", STATIC);
     run(&mut command)?;
-    Ok(folder.join(TARGET).join("debug/lab-init"))
+    Ok(folder.join(TARGET).join("debug").join(name))
 }
 
 /// The guest's PID 1 as it ships, static.

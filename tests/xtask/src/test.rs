@@ -21,7 +21,7 @@ use crate::{build, fuzz, packages};
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// Tests that count what is left on the machine, one at a time.
-const ALONE: [&str; 2] = ["nothing_left", "releases"];
+const ALONE: [&str; 6] = ["crowd", "exercise", "hostile", "nothing_left", "releases", "rounds"];
 
 /// Options of `xtask test`.
 #[derive(Debug, Args)]
@@ -31,6 +31,9 @@ pub struct Options {
     only: Option<Only>,
     /// Only tests whose name contains this
     filter: Option<String>,
+    /// As much as the lab can hold where tests have less to do otherwise: 50 pods at once, for example
+    #[arg(long)]
+    long: bool,
     /// Fuzz each target for this many seconds
     #[arg(long, default_value_t = 60)]
     fuzz_seconds: u32,
@@ -135,6 +138,8 @@ fn in_lab(cache: &Cache, options: &Options) -> Result<Count> {
     for (name, program) in &tests {
         product.add_stripped("tests", program, name)?;
     }
+    let exerciser = step("build the exerciser", build::exerciser)?;
+    product.add_stripped("tests", &exerciser, "exerciser")?;
     let shape = Shape { product: Some(product), ..Shape::default() };
     let machine = step("start the lab", || Machine::start(cache, &shape))?;
     let mut count = Count::default();
@@ -154,7 +159,9 @@ fn run_one(client: Client, name: &str, options: &Options) -> Result<Count> {
     let mut argv =
         vec![format!("{}/tests/{name}", crate::product::IN_LAB), format!("--test-threads={threads}")];
     argv.extend(options.filter.clone());
-    let command = Command { argv, env: vec!["RUST_BACKTRACE=1".into()], ..Command::default() };
+    let mut env = vec!["RUST_BACKTRACE=1".to_owned()];
+    env.extend(options.long.then(|| "CTVM_LONG=1".to_owned()));
+    let command = Command { argv, env, ..Command::default() };
     let mut lines = Lines::to(io::stdout());
     let mut stderr = io::stderr();
     let streams = Streams { stdin: Box::new(io::empty()), stdout: &mut lines, stderr: &mut stderr };
