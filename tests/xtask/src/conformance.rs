@@ -19,7 +19,7 @@ use crate::steps::step;
 const LIMIT: Duration = Duration::from_secs(60 * 60);
 
 /// Runtime and release of containerd, a column each.
-const COLUMNS: [(&str, &str); 4] = [("ctvm", "1.7"), ("ctvm", "1.6"), ("ctvm-pod", "2.1"), ("runc", "1.7")];
+const COLUMNS: [(&str, &str); 3] = [("ctvm", "1.7"), ("ctvm-pod", "2.1"), ("runc", "1.7")];
 
 const PROGRAM: &str = "ctvm-conformance";
 
