@@ -45,6 +45,17 @@ impl Daemon {
     }
 }
 
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // CNI's bridge outlives its pods, and another with the same addresses would take its traffic.
+        let conflist = std::fs::read(self.containerd.folder().join("cni/10-bridge.conflist"));
+        let network = conflist.ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+        if let Some(name) = network.as_ref().and_then(|network| network["name"].as_str()) {
+            let _ = e2e::run(std::process::Command::new("ip").args(["link", "del", name]));
+        }
+    }
+}
+
 impl Daemon {
     /// A new containerd in the place of one that has ended, and a new client for it.
     pub fn reconnect(&mut self) -> Result<()> {
