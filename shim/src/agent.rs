@@ -17,6 +17,9 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
+/// How much later than ours the RPC library's deadline is.
+const LIBRARY_SLACK: Duration = Duration::from_secs(1);
+
 /// Why the agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -181,9 +184,10 @@ impl Agent {
         self.within("CloseIO", self.task.close_io(self.context(), request)).await.map(drop)
     }
 
-    /// The deadline, sent along so that the agent can give up too.
+    /// The deadline, sent along so that the agent can give up too. The library's error of its own deadline looks like a
+    /// broken connection, so it gets a little longer than `within`.
     fn context(&self) -> Context {
-        with_duration(self.deadline)
+        with_duration(self.deadline + LIBRARY_SLACK)
     }
 
     async fn within<T>(
@@ -191,8 +195,7 @@ impl Agent {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, AgentError> {
-        // The library's own deadline closes the whole connection when it strikes during a write; ours strikes
-        // first only in name: both are the same length.
+        // The library's own deadline closes the whole connection when it strikes during a write; ours strikes first.
         match tokio::time::timeout(self.deadline, answer).await {
             Ok(answered) => answered.map_err(|e| named(call, e)),
             Err(_) => Err(AgentError::Deadline { call, after: self.deadline }),
