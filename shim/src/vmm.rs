@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_api::frame::{self, FrameError};
 use vmm_api::{ApiError, CONTROL_FD, Event, ExitReason, Message, Op, Outcome, Reply, Request};
 
+use crate::sandbox::complaints::Complaints;
 use crate::watched::watch;
 
 /// Why the VMM did not do what it was asked.
@@ -337,6 +338,7 @@ async fn read(
     exit: state::Sender<Option<VmmExit>>,
 ) {
     let mut reason = None;
+    let mut complaints = Complaints::about("a connection of the guest was closed");
     loop {
         let packet = match receive(&socket).await {
             Ok(packet) => packet,
@@ -363,7 +365,7 @@ async fn read(
             Ok(Message::Event(Event::Exiting { reason: why })) => reason = Some(why),
             Ok(Message::Event(event)) => {
                 if events.try_send((event, packet.fds)).is_err() {
-                    log::warn!("more than {EVENT_BACKLOG} connections of the guest wait: one dropped");
+                    complaints.note(format_args!("{EVENT_BACKLOG} wait already"));
                 }
             }
             Err(e) => log::error!("the VMM sent a message that cannot be read: {e}"),

@@ -20,6 +20,7 @@ use vmm_api::{
 use crate::agent::{Agent, AgentError};
 use crate::clock;
 use crate::config::Config;
+use crate::sandbox::complaints::Complaints;
 use crate::sandbox::console::Console;
 use crate::sandbox::guest_log;
 use crate::sandbox::net::{Device, NetError, Network};
@@ -271,6 +272,7 @@ fn init_started(setup: &SetupResponse, ready_us: u64) -> u64 {
 async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sender<OwnedFd>) {
     let mut agent = Some(agent);
     let mut logging = false;
+    let mut complaints = Complaints::about("a connection of the guest was closed");
     while let Some((event, mut fds)) = events.recv().await {
         let Event::VsockAccepted { port, guest_port, socket } = event else { continue };
         if fds.len() != 1 || socket != FdIndex(0) {
@@ -282,14 +284,14 @@ async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sen
             AGENT_PORT => match agent.take() {
                 // Dropped with the boot that gave up.
                 Some(waiting) => drop(waiting.send(connection)),
-                None => log::warn!("the guest dialled the agent's port a second time (from {guest_port})"),
+                None => complaints.note(format_args!("the agent's port, a second time (from {guest_port})")),
             },
             STREAM_PORT => streams.accept(connection),
             LOG_PORT if !logging => {
                 logging = true;
                 tokio::spawn(guest_log::follow(connection));
             }
-            _ => log::warn!("the guest dialled port {port}: closed"),
+            _ => complaints.note(format_args!("nobody is at port {port}")),
         }
     }
 }

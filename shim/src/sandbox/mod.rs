@@ -28,6 +28,7 @@ use crate::vmm::ControlSlot;
 
 pub mod boot;
 pub mod cgroup;
+pub mod complaints;
 pub mod console;
 pub mod control;
 pub mod create;

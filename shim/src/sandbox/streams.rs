@@ -15,6 +15,8 @@ use agent_api::stream::{HELLO_LEN, StreamId};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::oneshot;
 
+use crate::sandbox::complaints::Complaints;
+
 /// Connections that have not said their id yet.
 const MAX_UNNAMED: usize = 64;
 /// How long they have for it.
@@ -26,6 +28,7 @@ pub struct Streams {
     next: AtomicU64,
     unnamed: AtomicUsize,
     expected: Mutex<HashMap<StreamId, oneshot::Sender<UnixStream>>>,
+    complaints: Mutex<Complaints>,
 }
 
 /// A stream that was named to the agent; not waited for any more once dropped.
@@ -44,6 +47,7 @@ impl Streams {
             next: AtomicU64::new(1),
             unnamed: AtomicUsize::new(0),
             expected: Mutex::default(),
+            complaints: Mutex::new(Complaints::about("a stream connection of the guest was closed")),
         })
     }
 
@@ -59,7 +63,7 @@ impl Streams {
     pub fn accept(self: &Arc<Self>, connection: OwnedFd) {
         if self.unnamed.fetch_add(1, Ordering::Relaxed) >= MAX_UNNAMED {
             self.unnamed.fetch_sub(1, Ordering::Relaxed);
-            log::warn!("more than {MAX_UNNAMED} stream connections without an id: one closed");
+            self.complain(format_args!("{MAX_UNNAMED} have said no id yet"));
             return;
         }
         let streams = self.clone();
@@ -73,13 +77,17 @@ impl Streams {
                     match waiting {
                         // Whoever gave up meanwhile leaves the connection to be closed.
                         Some(waiting) => drop(waiting.send(connection)),
-                        None => log::warn!("the guest dialled stream {}, which nobody expects", id.0),
+                        None => streams.complain(format_args!("nobody expects stream {}", id.0)),
                     }
                 }
-                Ok(Err(e)) => log::warn!("a stream connection of the guest: {e}"),
-                Err(_) => log::warn!("a stream connection of the guest said no id in {HELLO_TIMEOUT:?}"),
+                Ok(Err(e)) => streams.complain(format_args!("{e}")),
+                Err(_) => streams.complain(format_args!("it said no id in {HELLO_TIMEOUT:?}")),
             }
         });
+    }
+
+    fn complain(&self, why: std::fmt::Arguments<'_>) {
+        self.complaints.lock().expect("no code panics while it holds this lock").note(why);
     }
 }
 

@@ -33,6 +33,7 @@ use self::door::Door;
 use crate::error::chain;
 use crate::sandbox::aside;
 use crate::sandbox::boot::Vm;
+use crate::sandbox::complaints::Complaints;
 
 /// Most connections at once. Each is one of the VMM's 1,024 vsock connections, which the containers' streams need as
 /// well, and two descriptors here and in the guest, where a process may have 1,024 by default.
@@ -44,8 +45,6 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// A client that closed its end looks like one that half-closed it, until its kernel is asked.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// Time between two lines about connections that were closed for want of room.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 /// Pause after an `accept` that failed, for want of descriptors most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -71,7 +70,7 @@ pub async fn serve(vm: Arc<Vm>, namespace: PathBuf) {
 async fn forward_all(door: &Door, vm: &Arc<Vm>) {
     let mut connections = JoinSet::new();
     let opening = Arc::new(Semaphore::new(MAX_OPENING));
-    let mut complaints = Complaints::default();
+    let mut complaints = Complaints::about("port-forward: a connection was closed");
     loop {
         let accepted = door.accept().await;
         while connections.try_join_next().is_some() {}
@@ -145,48 +144,4 @@ enum ForwardError {
     /// Either side broke.
     #[error("cut off")]
     Broken(#[source] std::io::Error),
-}
-
-/// Lines about connections that could not be taken: one at first, then one every [`COMPLAINT_INTERVAL`] with a count.
-#[derive(Debug, Default)]
-struct Complaints {
-    last: Option<Instant>,
-    silent: u64,
-}
-
-impl Complaints {
-    fn note(&mut self, why: std::fmt::Arguments<'_>) {
-        if let Some(since_last) = self.admits(Instant::now()) {
-            log::warn!(
-                "port-forward: a connection was closed: {why} ({since_last} more since the last such line)"
-            );
-        }
-    }
-
-    /// Whether a line may be written now; if so, how many were not before it.
-    fn admits(&mut self, now: Instant) -> Option<u64> {
-        if self.last.is_some_and(|last| now.duration_since(last) < COMPLAINT_INTERVAL) {
-            self.silent += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.silent))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn complaints_are_few_and_counted() {
-        let mut complaints = Complaints::default();
-        let start = Instant::now();
-        assert_eq!(complaints.admits(start), Some(0));
-        for _ in 0..7 {
-            assert_eq!(complaints.admits(start), None);
-        }
-        assert_eq!(complaints.admits(start + COMPLAINT_INTERVAL), Some(7));
-        assert_eq!(complaints.admits(start + COMPLAINT_INTERVAL), None);
-    }
 }
