@@ -275,8 +275,13 @@ fn flock(dir: &Path) -> Result<()> {
 }
 
 fn lock(file: &File, command: libc::c_int, kind: libc::c_int) -> Result<(), Errno> {
-    let mut range =
-        libc::flock { l_type: kind as libc::c_short, l_whence: 0, l_start: 10, l_len: 10, l_pid: 0 };
+    let mut range = libc::flock {
+        l_type: kind.try_into().expect("a kind of lock is a small number"),
+        l_whence: 0,
+        l_start: 10,
+        l_len: 10,
+        l_pid: 0,
+    };
     // SAFETY: the descriptor is open and `range` is the structure that these commands take.
     let done = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), command, &raw mut range) };
     if done == 0 {

@@ -60,13 +60,13 @@ fn dial() -> Result<OwnedFd> {
     // SAFETY: the descriptor is new and nobody else's.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     let address = libc::sockaddr_vm {
-        svm_family: libc::AF_VSOCK as libc::sa_family_t,
+        svm_family: libc::AF_VSOCK.try_into().expect("families are small numbers"),
         svm_reserved1: 0,
         svm_port: PORT,
         svm_cid: HOST,
         svm_zero: [0; 4],
     };
-    let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    let length = size_of::<libc::sockaddr_vm>().try_into().expect("an address is small");
     // SAFETY: `address` is an address of that family, of that length.
     if unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
         return Err(std::io::Error::last_os_error()).context("connect");

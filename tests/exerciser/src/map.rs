@@ -29,16 +29,20 @@ impl Map {
         Ok(Map(address.cast()))
     }
 
-    fn write(&self, at: usize, byte: u8) {
+    fn at(&self, at: usize) -> *mut u8 {
         assert!(at < SIZE);
-        // SAFETY: within the mapping, which is writable where this is called; volatile, as others write too.
-        unsafe { self.0.add(at).write_volatile(byte) };
+        // SAFETY: within the mapping.
+        unsafe { self.0.add(at) }
+    }
+
+    fn write(&self, at: usize, byte: u8) {
+        // SAFETY: in a mapping that is writable where this is called; volatile, as others write too.
+        unsafe { self.at(at).write_volatile(byte) };
     }
 
     fn read(&self, at: usize) -> u8 {
-        assert!(at < SIZE);
-        // SAFETY: within the mapping, which is readable; volatile, as others write too.
-        unsafe { self.0.add(at).read_volatile() }
+        // SAFETY: in a mapping that is readable; volatile, as others write too.
+        unsafe { self.at(at).read_volatile() }
     }
 
     fn sync(&self) -> Result<()> {
