@@ -10,8 +10,8 @@ use e2e::SHARE;
 use e2e::vm::pack_initrd;
 
 use crate::exits::Exits;
-use crate::rows::Row;
-use crate::subject::{Root, Subject};
+use benches::rows::Row;
+use benches::subject::{Root, Subject};
 
 /// The agent's first act.
 const INIT: &str = "CTVM-INIT";
@@ -151,8 +151,10 @@ pub fn memory(runs: usize) -> Result<Vec<Row>> {
             vm.wait_for_mark(READY)?;
             // What the agent does after it said that it is ready.
             std::thread::sleep(std::time::Duration::from_millis(500));
-            let footprint =
-                crate::memory::footprint(vm.vmm.id(), u64::from(crate::subject::MEMORY_MIB) * 1024 - 4096)?;
+            let footprint = benches::memory::footprint(
+                vm.vmm.id(),
+                u64::from(benches::subject::MEMORY_MIB) * 1024 - 4096,
+            )?;
             pss.push(footprint.own_pss as f64);
             anonymous.push(footprint.own_anonymous as f64);
             guest.push(footprint.guest_rss as f64 / 1024.0);

@@ -1,21 +1,17 @@
 //! Group `run`: `ctr run` of a container that exits at once, by stage, and the shim's memory beside it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::{Context, Result};
+use benches::rows::Row;
+use benches::subject::now_us;
+use benches::{memory as process, timeline};
 use e2e::Containerd;
 use e2e::containerd::pids_of;
 
-use crate::rows::Row;
-use crate::subject::now_us;
-
-/// Where the shim leaves a copy of each sandbox' timeline (`timeline_dir` in the lab's configuration).
-const TIMELINES: &str = "/var/tmp/ctvm-timelines";
-
 /// Runs the group.
 pub fn group(runs: usize) -> Result<Vec<Row>> {
-    std::fs::create_dir_all(TIMELINES)?;
+    std::fs::create_dir_all(timeline::FOLDER)?;
     let containerd = Containerd::start()?;
     let mut total = Vec::new();
     let mut runc = Vec::new();
@@ -37,7 +33,7 @@ pub fn group(runs: usize) -> Result<Vec<Row>> {
         total.push(ms);
         runc.push(peer_ms);
         // The first stage is where the others count from.
-        for (position, (stage, ms)) in timeline(&id)?.into_iter().enumerate().skip(1) {
+        for (position, (stage, ms)) in timeline::read("test", &id)?.into_iter().enumerate().skip(1) {
             stages.entry((position, stage)).or_default().push(ms);
         }
     }
@@ -62,7 +58,7 @@ pub fn memory() -> Result<Vec<Row>> {
         containerd.run(&["-d"], &id, &["sleep", "1000"])?.ok()?;
         containerd.wait_for(&id, "RUNNING")?;
         let pid = *pids_of("containerd-shim-ctvm-v2")?.first().context("no shim runs")?;
-        let shim = crate::memory::footprint(u32::try_from(pid)?, 0)?;
+        let shim = process::footprint(u32::try_from(pid)?, 0)?;
         pss.push(shim.own_pss as f64);
         anonymous.push(shim.own_anonymous as f64);
         containerd.remove(&id)?;
@@ -72,13 +68,4 @@ pub fn memory() -> Result<Vec<Row>> {
         Row::of("memory", "shim, anonymous", "ctvm", "KiB", anonymous),
     ];
     Ok(rows.into_iter().flatten().collect())
-}
-
-/// Stages of one sandbox, ms since its shim started, in order.
-fn timeline(id: &str) -> Result<Vec<(String, f64)>> {
-    let path = Path::new(TIMELINES).join(format!("test-{id}.json"));
-    let text = std::fs::read_to_string(&path).with_context(|| format!("timeline {}", path.display()))?;
-    let stages: Vec<(String, u64)> = serde_json::from_str(&text)?;
-    let begin = stages.first().context("a timeline without stages")?.1;
-    Ok(stages.into_iter().map(|(name, us)| (name, us.saturating_sub(begin) as f64 / 1000.0)).collect())
 }

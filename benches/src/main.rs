@@ -6,15 +6,14 @@
 mod boot;
 mod containers;
 mod exits;
-mod memory;
-mod rows;
 mod size;
-mod subject;
 mod svg;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use benches::rows::{self, Row};
 use clap::{Parser, ValueEnum};
 
 #[derive(Debug, Parser)]
@@ -44,6 +43,8 @@ enum Group {
     Size,
     /// `ctr run` end to end.
     Run,
+    /// Pods as Kubernetes makes them: by `ctvm-bench-pods`, beside this program.
+    Pods,
 }
 
 fn main() -> Result<()> {
@@ -67,10 +68,24 @@ fn main() -> Result<()> {
     if wanted(Group::Run) {
         rows.extend(containers::group(arguments.runs)?);
     }
+    if wanted(Group::Pods) {
+        rows.extend(pods(arguments.runs)?);
+    }
     print!("{}", rows::table(&rows));
     if let Some(file) = &arguments.json {
         std::fs::write(file, serde_json::to_vec_pretty(&rows)?)
             .with_context(|| file.display().to_string())?;
     }
     Ok(())
+}
+
+/// The rows of the other program.
+fn pods(runs: usize) -> Result<Vec<Row>> {
+    let file = tempfile::NamedTempFile::new()?;
+    let program = Path::new(e2e::BIN).join("ctvm-bench-pods");
+    let mut command = Command::new(&program);
+    command.arg("--runs").arg(runs.to_string()).arg("--json").arg(file.path());
+    let status = command.status().with_context(|| format!("starting {}", program.display()))?;
+    ensure!(status.success(), "{}: {status}", program.display());
+    serde_json::from_slice(&std::fs::read(file.path())?).context("its rows")
 }

@@ -1,18 +1,20 @@
 //! Figures as rows: one quantity of one subject over all its runs.
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 
 /// One row of the table and one object of the JSON file.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
     /// Which benchmark.
-    pub group: &'static str,
+    pub group: Cow<'static, str>,
     /// Which quantity.
     pub name: String,
     /// `ctvm` or the peer's name and version.
     pub subject: String,
     /// Unit of the figures.
-    pub unit: &'static str,
+    pub unit: Cow<'static, str>,
     /// Median.
     pub p50: f64,
     /// 99th percentile (the largest value below 100 runs).
@@ -22,7 +24,7 @@ pub struct Row {
     /// (largest - smallest) / median.
     pub spread: f64,
     /// Limit from the budget table, where one applies.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<f64>,
 }
 
@@ -42,10 +44,10 @@ impl Row {
         let p99 = percentile(&values, 99);
         let n = values.len();
         Some(Row {
-            group,
+            group: group.into(),
             name: name.into(),
             subject: subject.into(),
-            unit,
+            unit: unit.into(),
             p50,
             p99,
             n,

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use e2e::{BIN, SHARE};
 
-use crate::rows::Row;
+use benches::rows::Row;
 
 /// Runs the group.
 pub fn group() -> Result<Vec<Row>> {

@@ -198,19 +198,26 @@ fn start_ctvm(root: Root<'_>) -> Result<Started> {
     Ok(Started { exec_us, vmm, console, timeline: Some(timeline), _control: Some(client), _listener: None })
 }
 
-fn start_qemu(root: Root<'_>) -> Result<Started> {
-    let listener = listen_vsock(READY_PORT)?;
-    let (console, output) = std::io::pipe()?;
+/// The peer without devices, with the guest's kernel.
+pub fn qemu(cmdline: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     let machine = "microvm,accel=kvm,acpi=off,x-option-roms=off,rtc=off,pit=off,pic=off,isa-serial=off,auto-kernel-cmdline=on";
     command
         .args(["-M", machine, "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", &root.cmdline()])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", cmdline])
         .args(["-kernel", &format!("{SHARE}/vmlinux")])
+        .stdin(Stdio::null());
+    command
+}
+
+fn start_qemu(root: Root<'_>) -> Result<Started> {
+    let listener = listen_vsock(READY_PORT)?;
+    let (console, output) = std::io::pipe()?;
+    let mut command = qemu(&root.cmdline());
+    command
         .args(["-chardev", "stdio,id=console,signal=off", "-device", "virtio-serial-device"])
         .args(["-device", "virtconsole,chardev=console"])
         .args(["-device", "vhost-vsock-device,guest-cid=3"])
-        .stdin(Stdio::null())
         .stdout(output)
         .stderr(Stdio::inherit());
     match root {

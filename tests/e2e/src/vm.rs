@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
@@ -22,6 +22,9 @@ use crate::{BIN, SHARE};
 
 /// A line the guest's script prints when it is done.
 const DONE: &str = "script-done status=";
+
+/// What a guest is told of the disk that [`make_root`] makes, when it is the first one.
+pub const ROOT_CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/sbin/init";
 
 /// What to boot and what to run in it.
 #[derive(Debug)]
@@ -94,8 +97,6 @@ impl GuestSpec {
     /// Boots it.
     pub fn boot(self) -> Result<Guest> {
         let folder = tempfile::Builder::new().prefix("guest").tempdir_in("/var/tmp")?;
-        let tree = folder.path().join("tree");
-        make_tree(&tree, &self.script)?;
         let share = Path::new(SHARE);
         let mut fds: Vec<OwnedFd> = Vec::new();
         let mut give = |file: OwnedFd| {
@@ -107,14 +108,15 @@ impl GuestSpec {
         let mut initrd = None;
         let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=k");
         if self.initrd {
+            let tree = folder.path().join("tree");
+            make_tree(&tree, &self.script)?;
             initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?.into()));
             cmdline += " rdinit=/sbin/init";
         } else {
-            let root = folder.path().join("root.erofs");
-            run(Command::new("mkfs.erofs").args(["--quiet", "-T0"]).arg(&root).arg(&tree))?.ok()?;
-            let file = give(File::open(root)?.into());
+            let file = give(File::open(make_root(folder.path(), &self.script)?)?.into());
             disks.push(DiskConfig { file, read_only: true, id: "root".into(), queues: 1 });
-            cmdline += " root=/dev/vda ro rootfstype=erofs init=/sbin/init";
+            cmdline += " ";
+            cmdline += ROOT_CMDLINE;
         }
         for (file, read_only, id, queues) in self.disks {
             disks.push(DiskConfig { file: give(file.into()), read_only, id, queues });
@@ -273,6 +275,17 @@ fn collect_lines(mut console: std::io::PipeReader) -> Receiver<String> {
     receiver
 }
 
+/// Makes in `folder` the image of a guest's root disk whose init runs `script`; its path.
+///
+/// # Errors
+/// What the file system or `mkfs.erofs` says.
+pub fn make_root(folder: &Path, script: &str) -> Result<PathBuf> {
+    let (tree, root) = (folder.join("tree"), folder.join("root.erofs"));
+    make_tree(&tree, script)?;
+    run(Command::new("mkfs.erofs").args(["--quiet", "-T0"]).arg(&root).arg(&tree))?.ok()?;
+    Ok(root)
+}
+
 /// A guest tree of one static busybox and the script.
 fn make_tree(tree: &Path, script: &str) -> Result<()> {
     for folder in ["bin", "sbin", "proc", "sys", "dev", "tmp", "run", "mnt"] {
@@ -294,7 +307,7 @@ fn make_tree(tree: &Path, script: &str) -> Result<()> {
 }
 
 /// Packs `tree` as an initial RAM disk in `folder`, uncompressed.
-pub fn pack_initrd(tree: &Path, folder: &Path) -> Result<std::path::PathBuf> {
+pub fn pack_initrd(tree: &Path, folder: &Path) -> Result<PathBuf> {
     let file = folder.join("initrd");
     let script = "cd \"$1\" && find . | cpio --quiet -o -H newc > \"$2\"";
     run(Command::new("sh").args(["-c", script, "sh"]).arg(tree).arg(&file))?.ok()?;

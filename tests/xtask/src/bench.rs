@@ -17,7 +17,7 @@ use crate::steps::step;
 /// Options of `xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only this group of figures: boot, memory, size, run
+    /// Only this group of figures: boot, memory, size, run, pods
     #[arg(long)]
     only: Option<String>,
     /// Counted runs of each figure
@@ -38,6 +38,11 @@ pub struct Options {
 pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     let product = Product::build(cache)?;
     product.add("bin", &step("build the benchmark harness", build::bench)?)?;
+    let wanted = |group| options.only.as_deref().is_none_or(|only| only == group);
+    if wanted("pods") {
+        let program = step("build the harness of group pods", build::bench_pods)?;
+        product.add_stripped("bin", &program, "ctvm-bench-pods")?;
+    }
     let shape = Shape { exact: !options.inexact, product: Some(product), ..Shape::default() };
     let machine = step("start the lab", || Machine::start(cache, &shape))?;
     let mut argv: Vec<String> = [
@@ -67,7 +72,7 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     if let Some(json) = &options.json {
         client.get("/tmp/rows.json", json)?;
     }
-    if options.only.as_deref().is_none_or(|only| only == "boot") {
+    if wanted("boot") {
         client.get("/tmp/timeline.svg", &options.svg)?;
     }
     Ok(0)

@@ -79,6 +79,12 @@ pub fn bench() -> Result<PathBuf> {
     Ok(target().join("release/ctvm-bench"))
 }
 
+/// The harness of group `pods`, in the profile of the end-to-end tests, with which it shares CRI's client.
+pub fn bench_pods() -> Result<PathBuf> {
+    run(cargo("build").args(["--package", "benches", "--features", "pods", "--bin", "ctvm-bench-pods"]))?;
+    Ok(target().join("debug/ctvm-bench-pods"))
+}
+
 /// The program of the conformance cases.
 pub fn conformance() -> Result<PathBuf> {
     run(cargo("build").args(["--bins", "--package", "cri"]))?;
