@@ -16,7 +16,7 @@ const COUNTS: [usize; 3] = [1, 5, 20];
 const GUEST_MIB: u64 = 64;
 /// What a pod may cost the host, MiB. No more pods are started than there is room for.
 const POD_MIB: usize = 64 + 32;
-/// For what is done after a start.
+/// For what is done after a start or an end.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// Runs the part.
@@ -25,6 +25,8 @@ pub fn measure(cri: &Cri) -> Result<Vec<Row>> {
     // Pods of the first runtime stay while those of the second are looked at: all figures are differences.
     let mut pods = Vec::new();
     for handler in [RUNC, CTVM] {
+        warm_up(cri, handler).with_context(|| format!("first pod of {}", handler.name))?;
+        std::thread::sleep(QUIET);
         let (before, earlier) = (available_kib()?, Process::all()?);
         let mut running = 0;
         for count in COUNTS {
@@ -33,7 +35,9 @@ pub fn measure(cri: &Cri) -> Result<Vec<Row>> {
                 break;
             }
             while running < count {
-                pods.push(start(cri, handler).with_context(|| format!("pod {running} of {}", handler.name))?);
+                let pod =
+                    start(cri, handler).with_context(|| format!("pod {running} of {}", handler.name))?;
+                pods.push(pod.0);
                 running += 1;
             }
             std::thread::sleep(QUIET);
@@ -51,13 +55,25 @@ pub fn measure(cri: &Cri) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// A pod with one container.
-fn start(cri: &Cri, handler: Handler) -> Result<Pod> {
+/// A pod that has ended before the figures begin: the first one of a kind leaves something with containerd. Of ours, its
+/// VM's size is looked at.
+fn warm_up(cri: &Cri, handler: Handler) -> Result<()> {
+    let (pod, container) = start(cri, handler)?;
+    if handler != RUNC {
+        let kib: u64 =
+            cri.exec(&container, &["awk", "/^MemTotal:/ { print $2 }", "/proc/meminfo"], 0)?.ok()?.parse()?;
+        ensure!(kib < GUEST_MIB * 1024, "a VM of {GUEST_MIB} MiB has {kib} KiB");
+    }
+    pod.end()
+}
+
+/// A pod, and its one container's id.
+fn start(cri: &Cri, handler: Handler) -> Result<(Pod, String)> {
     let pod = Pod::run_with(cri, handler.name, |config| {
         config.annotations.insert("io.ctvm.memory_mib".into(), GUEST_MIB.to_string());
     })?;
-    pod.start(&pod.container(&["sleep", "100000"]))?;
-    Ok(pod)
+    let container = pod.start(&pod.container(&["sleep", "100000"]))?;
+    Ok((pod, container))
 }
 
 fn row(handler: Handler, what: &str, count: usize, kib: Vec<f64>) -> Option<Row> {
@@ -156,12 +172,22 @@ fn is_below(pid: u32, ancestor: u32, all: &BTreeMap<u32, Process>) -> bool {
     parents.take(all.len()).any(|process| process.parent == ancestor)
 }
 
-/// What new programs could have, KiB.
+/// What new programs could have, KiB. That is more than `MemAvailable`, which leaves out the free pages that each CPU
+/// keeps for itself: tens of MiB, after a VM has ended.
 fn available_kib() -> Result<f64> {
+    const PAGE_KIB: f64 = 4.0;
     let text = fs::read_to_string("/proc/meminfo")?;
     let value =
         text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("no MemAvailable")?;
-    value.trim().trim_end_matches(" kB").parse().context("MemAvailable")
+    let kib: f64 = value.trim().trim_end_matches(" kB").parse().context("MemAvailable")?;
+    let of_cpus = pages_of_cpus(&fs::read_to_string("/proc/zoneinfo")?)? * PAGE_KIB;
+    Ok(kib + of_cpus)
+}
+
+/// Free pages that CPUs keep for themselves: `count:` of each zone and CPU.
+fn pages_of_cpus(zoneinfo: &str) -> Result<f64> {
+    let counts = zoneinfo.lines().filter_map(|line| line.trim_start().strip_prefix("count:"));
+    counts.map(|count| count.trim().parse::<f64>().context("a CPU's free pages")).sum()
 }
 
 #[cfg(test)]
@@ -184,5 +210,13 @@ mod tests {
         assert_eq!(below, [3, 4]);
         assert_eq!(Process::parse("Name:\ta b\nState:\tS\nPPid:\t12\n"), Some(process("a b", 12)));
         assert_eq!(Process::parse("Name:\ta\n"), None);
+    }
+
+    #[test]
+    fn free_pages_of_all_cpus_count() {
+        let zones = "Node 0, zone Normal\n  pages free 100\n        high     16\n  pagesets\n    cpu: 0\n\
+                     \x20             count:    52\n              high:     105\n    cpu: 1\n              count: 7\n";
+        assert!((pages_of_cpus(zones).unwrap() - 59.0).abs() < 0.5);
+        assert!(pages_of_cpus("count: x").is_err());
     }
 }

@@ -34,7 +34,7 @@ struct End {
 /// What ends when it is dropped.
 #[derive(Debug)]
 enum Alive {
-    Pod { _pod: Pod },
+    Pod { _pod: Box<Pod> },
     Guest { _guest: Guest },
     Qemu { _qemu: Qemu },
 }
@@ -90,7 +90,7 @@ fn pod(cri: &Cri, handler: Handler) -> Result<End> {
     let pod = Pod::run(cri, handler.name).with_context(|| handler.name)?;
     pod.start(&pod.container(&["sh", "-c", &traffic::servers()]))?;
     let address: IpAddr = pod.address()?.parse().context("the pod's address")?;
-    Ok(End::new("pod", handler.subject, Servers::at(address)?, Alive::Pod { _pod: pod }))
+    Ok(End::new("pod", handler.subject, Servers::at(address)?, Alive::Pod { _pod: Box::new(pod) }))
 }
 
 fn ctvm(link: Link) -> Result<End> {
