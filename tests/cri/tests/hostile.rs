@@ -57,7 +57,7 @@ impl Ground {
     }
 
     /// The pod's VM has ended, and CRI knows of the pod and the container.
-    fn lost(&self, pod: &Pod, container: &str) -> Result<()> {
+    fn lost(&self, pod: Pod, container: &str) -> Result<()> {
         wait_at_most(BOUND, "the pod is not ready", || {
             Ok(self.cri().pod_status(&pod.id)?.state != i32::from(PodSandboxState::SandboxReady))
         })?;
@@ -71,12 +71,13 @@ impl Ground {
 }
 
 /// Stops and removes a pod as the kubelet does: until it works.
-fn removed(cri: &Cri, pod: &Pod) -> Result<()> {
+fn removed(cri: &Cri, pod: Pod) -> Result<()> {
     let mut last = None;
     let removed = wait_at_most(BOUND, "the pod is removed", || {
         last = cri.stop_pod(&pod.id).and_then(|()| cri.remove_pod(&pod.id)).err();
         Ok(last.is_none())
     });
+    drop(pod); // and its control group
     removed.with_context(|| format!("{last:?}"))
 }
 
@@ -114,7 +115,7 @@ fn a_guest_that_panics() -> Result<()> {
     let saboteur = Saboteur::start(&pod, ground.cri())?;
     // The answer is lost with the guest.
     let _ = saboteur.run("echo 2 > /proc/sys/vm/panic_on_oom; tail /dev/zero", 60);
-    ground.lost(&pod, &saboteur.id)?;
+    ground.lost(pod, &saboteur.id)?;
     ground.unharmed()
 }
 
@@ -132,7 +133,7 @@ fn a_guest_that_fills_its_memory() -> Result<()> {
     })?;
     let code = ground.cri().status(&saboteur.id)?.exit_code;
     ensure!(LOST.contains(&code), "the container ended with {code}");
-    removed(ground.cri(), &pod)?;
+    removed(ground.cri(), pod)?;
     ground.unharmed()
 }
 
@@ -146,7 +147,7 @@ fn a_guest_that_hangs() -> Result<()> {
     wait_at_most(BOUND, "it spins", || Ok(pod.log(&config).is_ok_and(|(out, _)| out == "spinning\n")))?;
     wait_at_most(BOUND, "the guest does not answer", || Ok(ground.cri().exec(&id, &["true"], 5).is_err()))?;
     let asked = Instant::now();
-    removed(ground.cri(), &pod)?;
+    removed(ground.cri(), pod)?;
     eprintln!("a pod whose guest hangs was removed in {:.0?}", asked.elapsed());
     ground.unharmed()
 }
@@ -175,7 +176,7 @@ fn a_guest_that_opens_10_000_connections() -> Result<()> {
     wait_at_most(BOUND, "the pod takes commands again", || {
         Ok(ground.cri().exec(&id, &["true"], 0).is_ok_and(|done| done.code == 0))
     })?;
-    removed(ground.cri(), &pod)?;
+    removed(ground.cri(), pod)?;
     ground.unharmed()
 }
 
@@ -206,6 +207,6 @@ fn a_guest_that_floods_a_host_that_does_not_read() -> Result<()> {
     ground.cri().stop(&id, 0)?;
     let code = ground.cri().status(&id)?.exit_code;
     ensure!(code == 137, "the flood ended with {code}");
-    removed(ground.cri(), &pod)?;
+    removed(ground.cri(), pod)?;
     ground.unharmed()
 }
