@@ -179,7 +179,7 @@ fn packages_do_not_reach_what_is_forbidden_to_them() {
 fn every_shipped_package_is_in_the_table() {
     let graph = Graph::read();
     let ours: BTreeSet<&str> = MAY.iter().map(|(name, _)| *name).collect();
-    let tools = ["benches", "cri", "e2e", "lab-init", "xtask"];
+    let tools = ["benches", "cri", "e2e", "exerciser", "lab-init", "xtask"];
     for (id, (name, _)) in &graph.packages {
         if id.starts_with("path+file") {
             assert!(ours.contains(name.as_str()) || tools.contains(&name.as_str()), "{name} has no row");
