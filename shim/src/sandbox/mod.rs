@@ -406,9 +406,28 @@ fn begins(closing: &watch::Sender<Closing>) -> bool {
     })
 }
 
-/// Does what blocks for a while on a thread of its own.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.expect("work of ours does not panic")
+/// Does what blocks for a while on a thread of its own; where the host has none to give, right here.
+async fn aside<T, F>(work: F) -> T
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let (done, result) = tokio::sync::oneshot::channel();
+    let work = Arc::new(Mutex::new(Some(work)));
+    let take =
+        |work: &Mutex<Option<F>>| work.lock().expect("taking does not panic").take().expect("taken once");
+    let theirs = work.clone();
+    let thread = std::thread::Builder::new().name("aside".into()).spawn(move || {
+        // Nobody waits for it any more when the sandbox has ended.
+        let _ = done.send(take(&theirs)());
+    });
+    match thread {
+        Ok(_) => result.await.expect("work of ours does not panic"),
+        Err(e) => {
+            log::warn!("no thread to be had, so calls wait for a moment: {e}");
+            take(&work)()
+        }
+    }
 }
 
 /// Removes what is left of a sandbox whose processes have ended: socket, control group, redirections, state directory.

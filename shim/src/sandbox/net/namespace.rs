@@ -32,7 +32,10 @@ pub fn within<T: Send>(
             work(handle).await
         })
     };
-    std::thread::scope(|scope| scope.spawn(thread).join().expect("work in a namespace does not panic"))
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, thread).map_err(failed)?;
+        thread.join().expect("work in a namespace does not panic")
+    })
 }
 
 #[cfg(test)]
