@@ -76,7 +76,9 @@ fn make_bundle(daemon: &Daemon, namespace: &Netns) {
     daemon.make_bundle("web", &["sleep"], None);
     let file = daemon.bundle("web").join("config.json");
     let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    spec["linux"]["namespaces"][2]["path"] = namespace.path().into();
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    let network = namespaces.iter_mut().find(|namespace| namespace["type"] == "network").unwrap();
+    network["path"] = namespace.path().into();
     fs::write(file, spec.to_string()).unwrap();
 }
 
