@@ -417,7 +417,10 @@ where
     let take =
         |work: &Mutex<Option<F>>| work.lock().expect("taking does not panic").take().expect("taken once");
     let theirs = work.clone();
+    let runtime = tokio::runtime::Handle::current();
     let thread = std::thread::Builder::new().name("aside".into()).spawn(move || {
+        // What is opened there is for the event loop here.
+        let _context = runtime.enter();
         // Nobody waits for it any more when the sandbox has ended.
         let _ = done.send(take(&theirs)());
     });
