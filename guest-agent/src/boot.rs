@@ -67,12 +67,19 @@ pub fn furnish() {
         ("make the runtime's folders", make_dirs as fn() -> io::Result<()>),
         ("enable cgroup controllers", cgroup::prepare),
         ("bring loopback up", sys::loopback_up),
+        ("let programs reserve memory", overcommit),
     ];
     for (what, step) in rest {
         if let Err(error) = step() {
             log::error!("cannot {what}: {error}");
         }
     }
+}
+
+/// On a host, a container may reserve more than its limit and is killed for what it uses. A VM that is hardly larger than
+/// the limit would refuse the reservation, by the kernel's guess at what is too much.
+fn overcommit() -> io::Result<()> {
+    std::fs::write("/proc/sys/vm/overcommit_memory", "1")
 }
 
 fn make_dirs() -> io::Result<()> {

@@ -23,6 +23,7 @@ mod launch;
 mod log_stream;
 mod mounts;
 mod network;
+mod pause;
 mod payload;
 mod pod;
 mod process;

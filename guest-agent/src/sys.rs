@@ -69,6 +69,16 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
+/// Has `signal` do nothing; with SIGCHLD, the kernel collects children by itself.
+///
+/// # Errors
+/// EINVAL for a signal that cannot be ignored.
+pub fn ignore_signal(signal: Signal) -> io::Result<()> {
+    // SAFETY: SIG_IGN installs no handler, so nothing of ours can run in signal context.
+    unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
 /// Gives `signal` its default meaning again.
 ///
 /// # Errors

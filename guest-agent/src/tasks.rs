@@ -21,6 +21,7 @@ use protobuf::{Message, MessageField};
 
 use crate::container::{Container, Guest};
 use crate::errors::TaskError;
+use crate::pause::Pause;
 use crate::process::Phase;
 use crate::{cgroup, spec, stats};
 
@@ -28,6 +29,7 @@ use crate::{cgroup, spec, stats};
 #[derive(Debug)]
 pub struct Tasks {
     guest: Guest,
+    pause: Pause,
     slots: Mutex<HashMap<String, Slot>>,
 }
 
@@ -41,7 +43,7 @@ enum Slot {
 impl Tasks {
     /// None yet.
     pub fn new(guest: Guest) -> Self {
-        Self { guest, slots: Mutex::default() }
+        Self { guest, pause: Pause::default(), slots: Mutex::default() }
     }
 
     /// How many containers there are.
@@ -69,7 +71,11 @@ impl Tasks {
     }
 
     /// The guest's number of a running container's first process.
+    /// Without a name, of the sandbox's own.
     fn running_pid(&self, id: &str) -> Result<u32, TaskError> {
+        if id.is_empty() {
+            return self.pause.pid().map_err(TaskError::io("make the sandbox's pause process"));
+        }
         let container = self.container(id)?;
         match container.init.phase() {
             Phase::Created | Phase::Running => Ok(container.init.pid()),

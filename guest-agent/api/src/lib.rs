@@ -68,7 +68,8 @@ pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 /// `type_url` of OCI's resources in `UpdateTaskRequest.resources`; the value is their JSON.
 pub const RESOURCES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// Beginning of a namespace's path that names a container of the sandbox by its id, instead of a file.
+/// Beginning of a namespace's path that names a container of the sandbox by its id, instead of a file; without an id, the
+/// sandbox itself, which then has a process of its own for it.
 pub const CONTAINER_NAMESPACE: &str = "container:";
 
 /// `source` of a tmpfs that is the sandbox's one shared memory, of the size that its first user says.

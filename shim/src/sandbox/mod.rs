@@ -251,7 +251,11 @@ impl Sandbox {
     /// rest share the first.
     fn free_pid(&self, vm: &Vm) -> u32 {
         let vmm = vm.vmm.pid();
-        let taken: Vec<u32> = self.containers().iter().map(|container| container.pid()).collect();
+        let mut taken: Vec<u32> = self.containers().iter().map(|container| container.pid()).collect();
+        if self.is_pod() {
+            // The pod's own.
+            taken.push(vmm);
+        }
         let mut threads: Vec<u32> = std::fs::read_dir(format!("/proc/{vmm}/task"))
             .into_iter()
             .flatten()
@@ -261,8 +265,11 @@ impl Sandbox {
         threads.into_iter().find(|thread| !taken.contains(thread)).unwrap_or(vmm)
     }
 
-    /// The one container that has this process number on the host.
+    /// The one container that has this process number on the host; no name for the pod itself.
     fn container_with_pid(&self, pid: u32) -> Option<String> {
+        if self.is_pod() && self.running_vm().is_some_and(|vm| vm.vmm.pid() == pid) {
+            return Some(String::new());
+        }
         let containers = self.containers();
         let mut having = containers.iter().filter(|container| container.pid() == pid);
         match (having.next(), having.next()) {

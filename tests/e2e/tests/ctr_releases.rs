@@ -11,6 +11,9 @@ fn start(release: &str) -> Result<Containerd> {
 }
 
 fn a_whole_life(release: &str) -> Result<()> {
+    // Sandboxes are told apart by namespace and id, whichever daemon asks for them.
+    let id = |name: &str| format!("{name}-{release}");
+    let (says, takes, stays) = (&*id("says"), &*id("takes"), &*id("stays"));
     let mut containerd = start(release)?;
     let version = e2e::run(containerd.ctr().arg("version"))?.ok()?;
     assert!(
@@ -18,24 +21,24 @@ fn a_whole_life(release: &str) -> Result<()> {
         "{version}"
     );
 
-    let output = containerd.run(&["--rm"], "says", &["sh", "-c", "echo out; echo err >&2; exit 42"])?;
+    let output = containerd.run(&["--rm"], says, &["sh", "-c", "echo out; echo err >&2; exit 42"])?;
     assert_eq!((output.code, output.text().as_str()), (42, "out"), "{}", output.errors());
     assert!(output.errors().contains("err"));
     let input = vec![7; 1 << 20];
-    let mut ours = containerd.run_command(&["--rm"], "takes", &["md5sum"]);
+    let mut ours = containerd.run_command(&["--rm"], takes, &["md5sum"]);
     let expected = run_with_input(&mut Command::new("md5sum"), input.clone())?.ok()?;
     assert_eq!(run_with_input(&mut ours, input)?.ok()?, expected);
 
-    containerd.run(&["-d"], "stays", &["sleep", "1000"])?.ok()?;
-    containerd.wait_for("stays", "RUNNING")?;
-    assert_eq!(containerd.exec("stays", "one", &["sh", "-c", "exit 7"])?.code, 7);
+    containerd.run(&["-d"], stays, &["sleep", "1000"])?.ok()?;
+    containerd.wait_for(stays, "RUNNING")?;
+    assert_eq!(containerd.exec(stays, "one", &["sh", "-c", "exit 7"])?.code, 7);
     containerd.stop()?;
     containerd.start_again()?;
-    containerd.wait_for("stays", "RUNNING")?;
-    assert_eq!(containerd.exec("stays", "two", &["echo", "still here"])?.ok()?, "still here");
-    containerd.task(&["kill", "--signal", "KILL", "stays"])?.ok()?;
-    containerd.wait_for("stays", "STOPPED")?;
-    containerd.remove("stays")
+    containerd.wait_for(stays, "RUNNING")?;
+    assert_eq!(containerd.exec(stays, "two", &["echo", "still here"])?.ok()?, "still here");
+    containerd.task(&["kill", "--signal", "KILL", stays])?.ok()?;
+    containerd.wait_for(stays, "STOPPED")?;
+    containerd.remove(stays)
 }
 
 #[test]

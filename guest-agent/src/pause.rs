@@ -1,0 +1,60 @@
+//! A process that does nothing, in a pid namespace of its own: what a pod's containers share where no pause container
+//! holds their process numbers.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Mutex;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::Signal;
+
+use crate::sys::{self, Fork};
+
+/// The sandbox's pause process, made when somebody first asks for it.
+#[derive(Debug, Default)]
+pub struct Pause(Mutex<Option<u32>>);
+
+impl Pause {
+    /// Its number.
+    ///
+    /// # Errors
+    /// When there is none and none can be made.
+    pub fn pid(&self) -> io::Result<u32> {
+        let mut pid = self.0.lock().expect("no code panics while it holds this lock");
+        if let Some(pid) = *pid
+            && Path::new(&format!("/proc/{pid}/ns/pid")).exists()
+        {
+            return Ok(pid);
+        }
+        let started = start()?;
+        *pid = Some(started);
+        Ok(started)
+    }
+}
+
+fn start() -> io::Result<u32> {
+    let own = File::open("/proc/self/ns/pid")?;
+    // The next child is the new namespace's first process, and later ones are to be ours again.
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let forked = sys::fork();
+    match forked {
+        Ok(Fork::Child) => hold(),
+        forked => {
+            setns(own, CloneFlags::CLONE_NEWPID)?;
+            let Fork::Parent(pid) = forked? else { unreachable!("the child never returns") };
+            Ok(pid.as_raw().cast_unsigned())
+        }
+    }
+}
+
+/// The child: holds no descriptor of the agent's, has the kernel collect orphans, and waits for the end of the machine.
+fn hold() -> ! {
+    if sys::close_all_but(&[]).is_err() || sys::ignore_signal(Signal::SIGCHLD).is_err() {
+        sys::exit_now(1);
+    }
+    let _ = nix::sys::prctl::set_name(c"pause");
+    loop {
+        nix::unistd::pause();
+    }
+}
