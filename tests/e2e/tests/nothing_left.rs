@@ -93,6 +93,8 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
     containerd.run(&["--rm"], "first", &["true"])?.ok()?;
     for (id, victim) in [("forward-ends", None), ("forward-shim", Some(SHIM)), ("forward-vmm", Some(VMM))] {
         let namespace = Netns::make(id)?;
+        // As CNI leaves it. The shim would do so too, and that stays; it is the pod's namespace.
+        namespace.run("ip link set lo up")?;
         let before = Census::take()?;
         let options = ["-d", "--with-ns", &namespace.option()];
         containerd.run(&options, id, &["nc", "-ll", "-p", "7", "-e", "cat"])?.ok()?;
