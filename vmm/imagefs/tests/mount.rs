@@ -294,10 +294,10 @@ fn packages_are_unpacked_as_dpkg_does() {
         dpkg -x $work/p.deb x && ./x/usr/bin/q && test $(stat -c %a $HOST/x/usr/bin/p) = 4755
         test $(stat -c %h x/usr/bin/r) = 2 && test $(ls x/usr/share/doc/p | wc -l) = 500
         # Into a root of its own, with dpkg's database (its way: write, fsync, rename over).
-        mkdir -p root/var/lib/dpkg/{info,updates} && : > root/var/lib/dpkg/status
-        for n in 1 2 3; do dpkg --force-all --root=$SHARE/root --install $work/p.deb >/dev/null; done
-        grep -q 'Status: install ok installed' $HOST/root/var/lib/dpkg/status && ./root/usr/bin/q
-        dpkg --force-all --root=$SHARE/root --purge p >/dev/null && test ! -e root/usr/bin/p
+        mkdir -p tree/var/lib/dpkg/{info,updates} && : > tree/var/lib/dpkg/status
+        for n in 1 2 3; do dpkg --force-all --root=$SHARE/tree --install $work/p.deb >/dev/null; done
+        grep -q 'Status: install ok installed' $HOST/tree/var/lib/dpkg/status && ./tree/usr/bin/q
+        dpkg --force-all --root=$SHARE/tree --purge p >/dev/null && test ! -e tree/usr/bin/p
         "#,
     );
 }
