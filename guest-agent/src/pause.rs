@@ -38,13 +38,13 @@ fn start() -> io::Result<u32> {
     // The next child is the new namespace's first process, and later ones are to be ours again.
     unshare(CloneFlags::CLONE_NEWPID)?;
     let forked = sys::fork();
-    match forked {
-        Ok(Fork::Child) => hold(),
-        forked => {
-            setns(own, CloneFlags::CLONE_NEWPID)?;
-            let Fork::Parent(pid) = forked? else { unreachable!("the child never returns") };
-            Ok(pid.as_raw().cast_unsigned())
-        }
+    if matches!(forked, Ok(Fork::Child)) {
+        hold();
+    }
+    setns(own, CloneFlags::CLONE_NEWPID)?;
+    match forked? {
+        Fork::Child => hold(),
+        Fork::Parent(pid) => Ok(pid.as_raw().cast_unsigned()),
     }
 }
 
