@@ -65,6 +65,10 @@ pub struct Vm {
     pub streams: Arc<Streams>,
     /// What its console said.
     pub console: Console,
+    /// Its vCPUs.
+    pub vcpus: u8,
+    /// Its memory, MiB.
+    pub memory_mib: u32,
 }
 
 /// Where a boot can fail.
@@ -197,7 +201,10 @@ pub async fn boot(
     let mut fds = vec![kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
     fds.extend(network.devices.iter().flat_map(|device| &device.taps).map(AsFd::as_fd));
     match come_up(plan, &network, &vmm, events, &streams, &fds, timeline).await {
-        Ok(agent) => Ok(Vm { vmm, agent, streams, console }),
+        Ok(agent) => {
+            let Config { vcpus, memory_mib, .. } = plan.config;
+            Ok(Vm { vmm, agent, streams, console, vcpus, memory_mib })
+        }
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
             log::error!("boot failed while {stage}: the VMM {exit}");

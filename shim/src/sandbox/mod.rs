@@ -66,7 +66,7 @@ pub struct Sandbox {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     closing: watch::Sender<Closing>,
     /// The control groups that this process came from, once it has left them.
-    home_groups: Mutex<Vec<PathBuf>>,
+    home_groups: tokio::sync::Mutex<Vec<PathBuf>>,
     /// For a sandbox of the Sandbox API alone.
     pod: Mutex<Option<PodLife>>,
 }
@@ -119,7 +119,7 @@ impl Sandbox {
             vm: watch::Sender::new(Progress::Booting),
             containers: Mutex::default(),
             closing: watch::Sender::new(Closing::No),
-            home_groups: Mutex::default(),
+            home_groups: tokio::sync::Mutex::default(),
             pod: Mutex::default(),
         }))
     }
@@ -172,7 +172,9 @@ impl Sandbox {
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
                 tokio::spawn(self.clone().watch_vm(vm.clone()));
-                tokio::spawn(self.clone().move_shim(groups));
+                if !groups.is_empty() {
+                    tokio::spawn(self.clone().move_shim(groups));
+                }
                 // A namespace without a name is nobody's to enter.
                 if let Some(namespace) = overview.network().filter(|path| !path.as_os_str().is_empty()) {
                     tokio::spawn(forward::serve(vm, namespace.to_owned()));
@@ -184,10 +186,10 @@ impl Sandbox {
 
     /// Has the pod pay for its shim as well. A move can take milliseconds, so nobody waits for it.
     async fn move_shim(self: Arc<Self>, groups: Vec<PathBuf>) {
-        let home = cgroup::current();
+        // Held for the move: an end meanwhile comes back after it.
+        let mut home = self.home_groups.lock().await;
+        *home = cgroup::current();
         let to = groups.clone();
-        // Before the move: an end meanwhile has to know the way back.
-        *self.home_groups.lock().expect("no code panics while it holds this lock") = home;
         if let Err(e) = aside(move || cgroup::enter(&to, std::process::id())).await {
             log::debug!("the shim stays outside its control groups {groups:?}: {e}");
         }
@@ -364,8 +366,7 @@ impl Sandbox {
                 log::warn!("killing the VMM: {e}");
             }
         }
-        let home =
-            std::mem::take(&mut *self.home_groups.lock().expect("no code panics while it holds this lock"));
+        let home = std::mem::take(&mut *self.home_groups.lock().await);
         if let Err(e) = aside(move || cgroup::enter(&home, std::process::id())).await {
             log::warn!("leaving the pod's control groups: {e}");
         }

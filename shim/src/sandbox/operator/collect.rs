@@ -20,9 +20,9 @@ use super::exposition::{Exposition, Kind, seconds};
 use super::memory::{self, Footprint};
 use super::status::{CONTAINER_STATES, Status};
 use crate::clock;
-use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
 use crate::sandbox::timeline::SHIM_START;
+use crate::sandbox::{Sandbox, aside};
 
 /// How long the answer waits for others.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -92,7 +92,7 @@ pub async fn metrics(sandbox: &Arc<Sandbox>) -> String {
     let seen = Shared::default();
     let turns = &sandbox.operator.turns;
     // The walk through a large guest's pages would hold up the pod's calls, so it has a thread.
-    let kernel = Box::pin(look_from_outside(vm.clone(), sandbox.config.memory_mib, seen.clone()));
+    let kernel = Box::pin(look_from_outside(vm.clone(), seen.clone()));
     if let Some(vm) = &vm {
         let monitor = Box::pin(ask_monitor(vm.clone(), seen.clone()));
         let agent = Box::pin(look_inside(vm.clone(), running(&status), seen.clone()));
@@ -154,20 +154,19 @@ async fn look_inside(vm: Arc<Vm>, ids: Vec<String>, answers: Shared) {
     }
 }
 
-async fn look_from_outside(vm: Option<Arc<Vm>>, memory_mib: u32, answers: Shared) {
-    let vmm = vm.map(|vm| vm.vmm.pid());
+async fn look_from_outside(vm: Option<Arc<Vm>>, answers: Shared) {
     let look = move || {
         let me = std::process::id();
-        let guest_bytes = u64::from(memory_mib) << 20;
-        let footprint = vmm.and_then(|pid| memory::footprint(pid, guest_bytes).ok());
+        let vmm = vm.as_ref().map(|vm| vm.vmm.pid());
+        let footprint =
+            vm.and_then(|vm| memory::footprint(vm.vmm.pid(), u64::from(vm.memory_mib) << 20).ok());
         let (own, own_cpu_us) = (memory::footprint(me, 0).ok(), memory::cpu_us(me).ok());
         fill(&answers, |a| {
             (a.vmm, a.vmm_cpu_us) = (footprint, vmm.and_then(|pid| memory::cpu_us(pid).ok()));
             (a.shim, a.shim_cpu_us) = (own, own_cpu_us);
         });
     };
-    // What it did not find is not told.
-    let _ = tokio::task::spawn_blocking(look).await;
+    aside(look).await;
 }
 
 fn describe(to: &mut Exposition, status: &Status, info: Option<&InfoResponse>) {

@@ -49,13 +49,18 @@ impl Status {
             Progress::Up(vm) if vm.vmm.exit().is_some() => "ended",
             Progress::Up(_) => "running",
         };
+        // The Sandbox API tells a pod's limits only when it makes the VM.
+        let (vcpus, memory_mib) = match &*sandbox.vm.borrow() {
+            Progress::Up(vm) => (vm.vcpus, vm.memory_mib),
+            _ => (sandbox.config.vcpus, sandbox.config.memory_mib),
+        };
         let mut containers: Vec<_> = sandbox.containers().iter().map(|c| ContainerStatus::of(c)).collect();
         containers.sort_by(|a, b| a.id.cmp(&b.id));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             state: state.to_owned(),
-            vcpus: sandbox.config.vcpus,
-            memory_mib: sandbox.config.memory_mib,
+            vcpus,
+            memory_mib,
             containers,
         }
     }
