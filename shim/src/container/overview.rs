@@ -112,6 +112,14 @@ impl Overview {
         serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))
     }
 
+    /// Takes it from what is read already.
+    ///
+    /// # Errors
+    /// [`SpecError::Json`].
+    pub fn of(config: &serde_json::Value) -> Result<Self, SpecError> {
+        serde::Deserialize::deserialize(config).map_err(|e: serde_json::Error| SpecError::Json(e.to_string()))
+    }
+
     /// That of the bundle, which has none where a pod is made by the Sandbox API.
     ///
     /// # Errors

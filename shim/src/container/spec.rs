@@ -17,6 +17,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agent_api::SANDBOX_SHM;
 use serde_json::{Map, Value, json};
 
 use super::overview::Role;
@@ -92,6 +93,12 @@ pub struct Bind {
     pub live: bool,
 }
 
+/// Where containers have the pod's shared memory.
+pub const SHM: &str = "/dev/shm";
+
+/// Its size where the host does not say, in bytes: that of containerd and of Docker.
+pub const SHM_SIZE: u64 = 64 << 20;
+
 /// Where a container goes.
 #[derive(Clone, Copy)]
 pub struct Place<'a> {
@@ -124,12 +131,19 @@ pub struct GuestSpec {
     pub warnings: Vec<String>,
 }
 
+/// Reads `config.json`.
+///
+/// # Errors
+/// [`SpecError::Json`].
+pub fn parse(config: &[u8]) -> Result<Value, SpecError> {
+    serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))
+}
+
 /// Rewrites `config` for a container at its place.
 ///
 /// # Errors
 /// See [`SpecError`].
-pub fn for_guest(config: &[u8], role: Role, place: Place<'_>) -> Result<GuestSpec, SpecError> {
-    let mut config: Value = serde_json::from_slice(config).map_err(|e| SpecError::Json(e.to_string()))?;
+pub fn for_guest(mut config: Value, role: Role, place: Place<'_>) -> Result<GuestSpec, SpecError> {
     let mut warnings = Vec::new();
     let top = object(&mut config, "the configuration")?;
     // The agent would say it too, but with less context.
@@ -187,8 +201,7 @@ impl GuestSpec {
     /// Says how large the pod's shared memory is, in bytes.
     pub fn set_shm_size(&mut self, bytes: u64) {
         if let Some((position, _)) = self.shm {
-            let options = &mut self.config["mounts"][position]["options"];
-            *options = json!(["nosuid", "noexec", "nodev", "mode=1777", format!("size={bytes}")]);
+            self.config["mounts"][position] = shm_mount(bytes);
         }
     }
 
@@ -196,6 +209,12 @@ impl GuestSpec {
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&self.config).expect("a JSON value serialises")
     }
+}
+
+/// A container's mount of the pod's shared memory of this size, in bytes.
+pub fn shm_mount(bytes: u64) -> Value {
+    let options = json!(["nosuid", "noexec", "nodev", "mode=1777", format!("size={bytes}")]);
+    json!({ "destination": SHM, "type": "tmpfs", "source": SANDBOX_SHM, "options": options })
 }
 
 fn field(field: &str, expected: &'static str) -> SpecError {

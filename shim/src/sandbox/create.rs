@@ -32,9 +32,6 @@ use crate::sandbox::streams::Expected;
 /// the news to overtake nothing.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Size of `/dev/shm` where the host does not say, in bytes: that of containerd and of Docker.
-const SHM_SIZE: u64 = 64 << 20;
-
 /// How the guest sees a host directory.
 #[derive(Debug, Clone, Copy)]
 struct ShareOptions {
@@ -109,10 +106,11 @@ impl Sandbox {
         let config_path = bundle.join("config.json");
         let config = std::fs::read(&config_path)
             .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
-        let overview = Overview::parse(&config)?;
+        let config = spec::parse(&config)?;
+        let overview = Overview::of(&config)?;
         let place = Place { id, share_path: SHARE_PATH, container_of: &|pid| self.container_with_pid(pid) };
-        let mut guest = spec::for_guest(&config, overview.role(), place)?;
-        if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(SHM_SIZE)) {
+        let mut guest = spec::for_guest(config, overview.role(), place)?;
+        if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(spec::SHM_SIZE)) {
             guest.set_shm_size(size);
         }
         if self.is_pod() {

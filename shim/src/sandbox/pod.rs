@@ -7,12 +7,13 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use agent_api::{FILES_PATH, SANDBOX_SHM};
+use agent_api::FILES_PATH;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use protobuf::Message as _;
 use serde_json::json;
 
 use crate::container::overview::{Overview, OverviewNamespace};
+use crate::container::spec::{SHM, SHM_SIZE, shm_mount};
 use crate::error::TaskError;
 
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction)]
@@ -28,9 +29,6 @@ const CONFIG_TYPE: &str = "PodSandboxConfig";
 /// Files of the pod, by the path at which containers have them.
 const FILES: [(&str, &str); 3] =
     [("/etc/hostname", "hostname"), ("/etc/hosts", "hosts"), ("/etc/resolv.conf", "resolv.conf")];
-
-/// Where containers have the pod's shared memory.
-const SHM: &str = "/dev/shm";
 
 /// What the guest gets beside a network and a name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -127,8 +125,7 @@ pub fn add_mounts(config: &mut serde_json::Value) {
             );
         }
     }
-    let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
-    let shm = json!({"destination": SHM, "type": "tmpfs", "source": SANDBOX_SHM, "options": options});
+    let shm = shm_mount(SHM_SIZE);
     match mounts.iter_mut().find(|m| m["destination"] == SHM) {
         // The configuration of every container has a tmpfs there, which would be this container's alone.
         Some(mount) if mount["type"] == "tmpfs" => *mount = shm,
@@ -141,6 +138,8 @@ pub fn add_mounts(config: &mut serde_json::Value) {
 mod tests {
     use protobuf::MessageField;
     use protobuf::well_known_types::any::Any;
+
+    use agent_api::SANDBOX_SHM;
 
     use super::*;
     use crate::container::overview::Role;

@@ -1,8 +1,6 @@
 //! The mounts of a container: binds of host files become shares, the rest the guest's runtime makes by itself.
 
-use agent_api::SANDBOX_SHM;
-
-use super::{Bind, GuestSpec, Place, SpecError, field, object, strings, text};
+use super::{Bind, GuestSpec, Place, SHM, SpecError, field, object, strings, text};
 
 /// Kinds of mount that the guest's runtime makes by itself.
 const GUEST_KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -29,10 +27,8 @@ impl GuestSpec {
             let source = text(mount, "source")
                 .filter(|s| !s.is_empty())
                 .ok_or_else(|| field(&format!("mounts[{position}].source"), "a path"))?;
-            if destination == "/dev/shm" {
-                // A host's tmpfs over a file share would be neither shared memory nor quick.
-                mount.insert("type".into(), "tmpfs".into());
-                mount.insert("source".into(), SANDBOX_SHM.into());
+            if destination == SHM {
+                // A host's tmpfs over a file share would be neither shared memory nor quick: `set_shm_size` replaces it.
                 self.shm = Some((position, source.into()));
                 continue;
             }

@@ -44,13 +44,13 @@ fn place() -> Place<'static> {
 }
 
 fn rewritten() -> GuestSpec {
-    for_guest(CTR.as_bytes(), Role::Single, place()).unwrap()
+    for_guest(parse(CTR.as_bytes()).unwrap(), Role::Single, place()).unwrap()
 }
 
 fn with(change: impl Fn(&mut Value)) -> Result<GuestSpec, SpecError> {
     let mut config: Value = serde_json::from_str(CTR).unwrap();
     change(&mut config);
-    for_guest(config.to_string().as_bytes(), Role::Single, place())
+    for_guest(config, Role::Single, place())
 }
 
 #[test]
@@ -143,20 +143,20 @@ fn what_cannot_be_done_is_refused_by_name() {
     let e = with(|c| c["process"]["args"] = json!([])).unwrap_err();
     assert!(e.to_string().contains("process.args"), "{e}");
     let relative = CTR.replace(r#""cwd": "/""#, r#""cwd": "usr""#);
-    let e = for_guest(relative.as_bytes(), Role::Single, place()).unwrap_err();
+    let e = for_guest(parse(relative.as_bytes()).unwrap(), Role::Single, place()).unwrap_err();
     assert!(e.to_string().contains("process.cwd"), "{e}");
     let e = with(|c| c["process"]["cwd"] = "relative".into()).unwrap_err();
     assert!(e.to_string().contains("process.cwd is missing or not an absolute path"), "{e}");
     let e = with(|c| c["linux"] = json!("x")).unwrap_err();
     assert!(e.to_string().contains("linux is missing or not an object"), "{e}");
-    let e = for_guest(b"{", Role::Single, place()).unwrap_err();
+    let e = parse(b"{").unwrap_err();
     assert!(matches!(e, SpecError::Json(_)));
 }
 
 #[test]
 fn a_small_configuration_will_do() {
     let config = br#"{"ociVersion":"1.0.2","process":{"args":["/x"],"cwd":"/"}}"#;
-    let spec = for_guest(config, Role::Single, place()).unwrap();
+    let spec = for_guest(parse(config).unwrap(), Role::Single, place()).unwrap();
     assert_eq!(spec.config["root"]["path"], "/run/ctvm/share/web");
     assert!(spec.binds.is_empty() && spec.warnings.is_empty());
 }
@@ -166,7 +166,7 @@ fn containers_of_a_pod_share_the_guests_namespaces() {
     let namespaces = |role, change: &dyn Fn(&mut Value)| {
         let mut config: Value = serde_json::from_str(CTR).unwrap();
         change(&mut config);
-        let spec = for_guest(config.to_string().as_bytes(), role, place())?;
+        let spec = for_guest(config, role, place())?;
         assert_eq!(spec.config.get("hostname").is_none(), role != Role::Single);
         Ok::<_, SpecError>(spec.config["linux"]["namespaces"].to_string())
     };
