@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::command::{Finished, run, run_with_input, wait_until};
@@ -48,6 +48,7 @@ impl Default for Setup {
 impl Setup {
     /// Starts it, and imports the test images.
     pub fn start(self) -> Result<Containerd> {
+        self.check_release()?;
         let folder = tempfile::Builder::new().prefix("ctd").tempdir_in(&self.parent)?;
         let rest = (self.config)(folder.path())?;
         // What is no table comes before the first table.
@@ -75,6 +76,17 @@ impl Setup {
             .stderr(log)
             .spawn()
             .context("starting containerd")
+    }
+
+    /// A release that is not there must not become another one in silence: `PATH` would find the lab's own.
+    fn check_release(&self) -> Result<()> {
+        let Some(release) = &self.release else { return Ok(()) };
+        let version = run(Command::new("containerd").arg("--version").env("PATH", self.path()))?.ok()?;
+        let is_it = version.split_whitespace().any(|word| {
+            word.trim_start_matches('v').strip_prefix(&**release).is_some_and(|rest| rest.starts_with('.'))
+        });
+        ensure!(is_it, "containerd {release} is asked for, and found is {version:?}");
+        Ok(())
     }
 
     /// Where programs are found: ours, then those of the asked release.
