@@ -12,16 +12,14 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use agent_api::task::{
-    CheckpointTaskRequest, CloseIORequest, ExecProcessRequest, Mount, PidsRequest, StateRequest, Status,
-    TaskClient, WaitRequest,
+    CheckpointTaskRequest, CloseIORequest, Mount, PidsRequest, StateRequest, Status, TaskClient, WaitRequest,
 };
 use containerd_shim_protos::events::task::{TaskExit, TaskStart};
 use daemon::{
-    Daemon, code, create_request, ctx, delete, fifo, kill_request, reader, shutdown, start_request, wait,
+    Daemon, code, create_request, ctx, delete, exec_request, fifo, kill_request, made, reader, shutdown,
+    start_request, started, wait,
 };
-use protobuf::well_known_types::any::Any;
-use protobuf::{Message as _, MessageField};
-use serde_json::json;
+use protobuf::Message as _;
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 
@@ -100,28 +98,15 @@ async fn execs_have_their_own_streams_events_and_ends() {
         return;
     }
     let daemon = Daemon::new("").await;
-    daemon.make_bundle("web", &["sleep"], None);
-    let task = daemon.connect("web").await;
-    task.create(ctx(), &create_request(&daemon, "web")).await.unwrap();
-    let exec = |exec_id: &str, args: &[&str], stdout: String| {
-        let mut spec = Any::new();
-        spec.value = json!({ "args": args, "cwd": "/" }).to_string().into_bytes();
-        ExecProcessRequest {
-            id: "web".into(),
-            exec_id: exec_id.into(),
-            stdout,
-            spec: MessageField::some(spec),
-            ..Default::default()
-        }
-    };
-    let early = task.exec(ctx(), &exec("early", &["exit", "0"], String::new())).await.unwrap_err();
+    let task = made(&daemon, &["sleep"]).await;
+    let early = task.exec(ctx(), &exec_request("early", &["exit", "0"], String::new())).await.unwrap_err();
     assert_eq!(code(early).0, Code::FAILED_PRECONDITION);
     task.start(ctx(), &start_request("web", "")).await.unwrap();
 
     let path = fifo(&daemon.path("e1"));
     let out = reader(&path);
-    task.exec(ctx(), &exec("e1", &["say", "hello", "", "3"], path)).await.unwrap();
-    let again = task.exec(ctx(), &exec("e1", &["exit", "0"], String::new())).await.unwrap_err();
+    task.exec(ctx(), &exec_request("e1", &["say", "hello", "", "3"], path)).await.unwrap();
+    let again = task.exec(ctx(), &exec_request("e1", &["exit", "0"], String::new())).await.unwrap_err();
     assert_eq!(code(again).0, Code::ALREADY_EXISTS);
     task.start(ctx(), &start_request("web", "e1")).await.unwrap();
     assert_eq!(wait(&task, "web", "e1").await, 3);
@@ -130,7 +115,7 @@ async fn execs_have_their_own_streams_events_and_ends() {
     assert_eq!(daemon.topics_when(5).await[2..], ["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"]);
 
     // One that cannot be started says why, has no exit event, and can be deleted.
-    task.exec(ctx(), &exec("e2", &["missing"], String::new())).await.unwrap();
+    task.exec(ctx(), &exec_request("e2", &["missing"], String::new())).await.unwrap();
     let (missing, text) = code(task.start(ctx(), &start_request("web", "e2")).await.unwrap_err());
     assert_eq!((missing, text.contains("\"missing\"")), (Code::INVALID_ARGUMENT, true));
     delete(&task, "web", "e2").await.unwrap();
@@ -255,11 +240,7 @@ fn kill_9(pid: &serde_json::Value) {
 }
 
 async fn sleeping(daemon: &Daemon) -> TaskClient {
-    daemon.make_bundle("web", &["sleep"], None);
-    let task = daemon.connect("web").await;
-    task.create(ctx(), &create_request(daemon, "web")).await.unwrap();
-    task.start(ctx(), &start_request("web", "")).await.unwrap();
-    task
+    started(daemon, &["sleep"]).await
 }
 
 #[tokio::test]
@@ -317,9 +298,7 @@ async fn a_container_that_never_ran_is_killed_and_deleted() {
         return;
     }
     let daemon = Daemon::new("").await;
-    daemon.make_bundle("web", &["sleep"], None);
-    let task = daemon.connect("web").await;
-    task.create(ctx(), &create_request(&daemon, "web")).await.unwrap();
+    let task = made(&daemon, &["sleep"]).await;
     task.kill(ctx(), &kill_request("web", 9)).await.unwrap();
     assert_eq!(wait(&task, "web", "").await, 137);
     assert_eq!(delete(&task, "web", "").await.unwrap(), 137);

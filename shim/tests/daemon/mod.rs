@@ -9,15 +9,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use agent_api::task::{
-    CreateTaskRequest, DeleteRequest, KillRequest, ShutdownRequest, StartRequest, TaskClient, WaitRequest,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest,
+    TaskClient, WaitRequest,
 };
 use async_trait::async_trait;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Events, create_events};
-use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message as _, MessageField};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::json;
 use ttrpc::Code;
@@ -232,6 +233,29 @@ pub fn create_request(daemon: &Daemon, id: &str) -> CreateTaskRequest {
     request.id = id.into();
     request.bundle = daemon.bundle(id).to_str().unwrap().into();
     request
+}
+
+/// A container `web` that was made of `args`, and not started.
+pub async fn made(daemon: &Daemon, args: &[&str]) -> TaskClient {
+    daemon.make_bundle("web", args, None);
+    let task = daemon.connect("web").await;
+    task.create(ctx(), &create_request(daemon, "web")).await.unwrap();
+    task
+}
+
+/// A container `web` that runs `args`.
+pub async fn started(daemon: &Daemon, args: &[&str]) -> TaskClient {
+    let task = made(daemon, args).await;
+    task.start(ctx(), &start_request("web", "")).await.unwrap();
+    task
+}
+
+/// An exec in `web`.
+pub fn exec_request(exec_id: &str, args: &[&str], stdout: String) -> ExecProcessRequest {
+    let mut spec = Any::new();
+    spec.value = json!({ "args": args, "cwd": "/" }).to_string().into_bytes();
+    let spec = MessageField::some(spec);
+    ExecProcessRequest { id: "web".into(), exec_id: exec_id.into(), stdout, spec, ..Default::default() }
 }
 
 pub fn start_request(id: &str, exec_id: &str) -> StartRequest {

@@ -1,11 +1,12 @@
 //! What is done to a container that runs: what the shim forwards, refuses, and tells containerd.
 
-use crate::daemon::{Daemon, code, create_request, ctx, delete, kill_request, shutdown, start_request, wait};
+use crate::daemon::{
+    Daemon, code, ctx, delete, exec_request, kill_request, made, shutdown, start_request, started, wait,
+};
 use crate::is_root;
 use agent_api::metrics::Metrics;
 use agent_api::task::{
-    ExecProcessRequest, PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient,
-    UpdateTaskRequest,
+    PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient, UpdateTaskRequest,
 };
 use containerd_shim_protos::events::task::TaskOOM;
 use protobuf::well_known_types::any::Any;
@@ -13,28 +14,12 @@ use protobuf::{Message as _, MessageField};
 use serde_json::json;
 use ttrpc::Code;
 
-/// A container that runs `args`.
-async fn started(daemon: &Daemon, args: &[&str]) -> TaskClient {
-    daemon.make_bundle("web", args, None);
-    let task = daemon.connect("web").await;
-    task.create(ctx(), &create_request(daemon, "web")).await.unwrap();
-    task.start(ctx(), &start_request("web", "")).await.unwrap();
-    task
-}
-
 async fn pause(task: &TaskClient) -> ttrpc::Result<()> {
     task.pause(ctx(), &PauseRequest { id: "web".into(), ..Default::default() }).await.map(drop)
 }
 
 async fn resume(task: &TaskClient) -> ttrpc::Result<()> {
     task.resume(ctx(), &ResumeRequest { id: "web".into(), ..Default::default() }).await.map(drop)
-}
-
-fn exec(exec_id: &str, args: &[&str]) -> ExecProcessRequest {
-    let mut spec = Any::new();
-    spec.value = json!({ "args": args, "cwd": "/" }).to_string().into_bytes();
-    let spec = MessageField::some(spec);
-    ExecProcessRequest { id: "web".into(), exec_id: exec_id.into(), spec, ..Default::default() }
 }
 
 async fn status(task: &TaskClient) -> Status {
@@ -48,9 +33,7 @@ async fn a_container_stands_still_and_goes_on() {
         return;
     }
     let daemon = Daemon::new("").await;
-    daemon.make_bundle("web", &["sleep"], None);
-    let task = daemon.connect("web").await;
-    task.create(ctx(), &create_request(&daemon, "web")).await.unwrap();
+    let task = made(&daemon, &["sleep"]).await;
     let (early, text) = code(pause(&task).await.unwrap_err());
     assert_eq!((early, text.contains("created")), (Code::FAILED_PRECONDITION, true), "{text}");
     task.start(ctx(), &start_request("web", "")).await.unwrap();
@@ -61,7 +44,8 @@ async fn a_container_stands_still_and_goes_on() {
     assert_eq!(status(&task).await, Status::PAUSED);
     let (again, text) = code(pause(&task).await.unwrap_err());
     assert_eq!((again, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
-    let (refused, text) = code(task.exec(ctx(), &exec("e", &["exit", "0"])).await.unwrap_err());
+    let (refused, text) =
+        code(task.exec(ctx(), &exec_request("e", &["exit", "0"], String::new())).await.unwrap_err());
     assert_eq!((refused, text.contains("paused")), (Code::FAILED_PRECONDITION, true), "{text}");
     resume(&task).await.unwrap();
     assert_eq!(status(&task).await, Status::RUNNING);
@@ -172,7 +156,7 @@ async fn kills_in_a_container_that_lives_are_told_as_they_come() {
     let daemon = Daemon::new("").await;
     let task = started(&daemon, &["oom"]).await;
     assert_eq!(daemon.topics_when(3).await[2], "/tasks/oom");
-    task.exec(ctx(), &exec("e", &["oom", "137"])).await.unwrap();
+    task.exec(ctx(), &exec_request("e", &["oom", "137"], String::new())).await.unwrap();
     task.start(ctx(), &start_request("web", "e")).await.unwrap();
     assert_eq!(wait(&task, "web", "e").await, 137);
     task.kill(ctx(), &kill_request("web", 9)).await.unwrap();
