@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use e2e::{BIN, SHARE};
 use vmm_api::{
-    CONTROL_FD, Client, ConsoleConfig, DiskConfig, FdIndex, KernelConfig, MemoryConfig, Op, PROTOCOL_VERSION,
-    Reply, Timeline, VmConfig, VsockConfig,
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, FdIndex, KernelConfig, Op, Reply, Timeline, VmConfig,
+    VsockConfig,
 };
 
 /// Guest memory of every measured VM, MiB.
@@ -168,19 +168,13 @@ fn start_ctvm(root: Root<'_>) -> Result<Started> {
         Root::Initrd(path) => (path.to_owned(), vec![], Some(FdIndex(1))),
     };
     let root_file = File::open(root_file)?;
+    let kernel_config = KernelConfig { image: FdIndex(0), initrd, cmdline: root.cmdline(), pvh: true };
     let config = VmConfig {
-        version: PROTOCOL_VERSION,
         name: "bench".into(),
-        vcpus: 1,
-        memory: MemoryConfig { size_mib: MEMORY_MIB, backing: Default::default(), prefault: false },
-        kernel: KernelConfig { image: FdIndex(0), initrd, cmdline: root.cmdline(), pvh: true },
         disks,
-        nets: vec![],
         vsock: Some(VsockConfig { cid: 3, ports: vec![READY_PORT] }),
-        rng: false,
-        fs: None,
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
-        serial: None,
+        ..VmConfig::new(MEMORY_MIB, kernel_config)
     };
     let mut command = Command::new(Path::new(BIN).join("ctvm-vmm"));
     command.stdin(Stdio::null()).fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;

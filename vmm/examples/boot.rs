@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use vmm_api::{
-    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, KernelConfig, MemoryConfig, Op,
-    PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+    CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, KernelConfig, Op, Reply,
+    VmConfig, VsockConfig,
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -48,30 +48,12 @@ fn parse(args: &[String]) -> Result<Options> {
         FdIndex(u8::try_from(files.len() - 1).expect("few files"))
     };
     let stdout = || std::io::stdout().as_fd().try_clone_to_owned();
+    let cmdline = "console=hvc0 quiet reboot=k panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init";
+    let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline: cmdline.into(), pvh: true };
     let mut options = Options {
         vmm: "ctvm-vmm".into(),
         vmm_args: vec![],
-        config: VmConfig {
-            version: PROTOCOL_VERSION,
-            name: "boot".into(),
-            vcpus: 1,
-            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
-            kernel: KernelConfig {
-                image: FdIndex(0),
-                initrd: None,
-                cmdline:
-                    "console=hvc0 quiet reboot=k panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init"
-                        .into(),
-                pvh: true,
-            },
-            disks: vec![],
-            nets: vec![],
-            vsock: None,
-            rng: false,
-            fs: None,
-            console: None,
-            serial: None,
-        },
+        config: VmConfig { name: "boot".into(), ..VmConfig::new(128, kernel) },
         files: vec![],
         times: 1,
         quiet: false,

@@ -17,7 +17,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use vmm_api::config::{MAX_DISKS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 use vmm_api::{
     Client, ClientError, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, GuestMemoryBacking,
-    KernelConfig, MemoryConfig, Op, PROTOCOL_VERSION, VmConfig, VsockConfig,
+    KernelConfig, MemoryConfig, Op, VmConfig, VsockConfig,
 };
 
 use crate::cli::Failure;
@@ -206,27 +206,25 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
     };
     let console = (options.console == "virtio")
         .then(|| ConsoleConfig { input: Some(files.add(input)), output: Some(files.add(output)) });
+    let kernel = KernelConfig { image, initrd, cmdline: cmdline(options), pvh: true };
     Ok(VmConfig {
-        version: PROTOCOL_VERSION,
         name: "ctvm-run".into(),
         vcpus: options.cpus,
         memory: MemoryConfig {
-            size_mib: options.memory,
             backing: match options.hugepages {
                 true => GuestMemoryBacking::Hugetlbfs,
                 false => GuestMemoryBacking::Anonymous,
             },
             prefault: options.prefault,
+            ..MemoryConfig::new(options.memory)
         },
-        kernel: KernelConfig { image, initrd, cmdline: cmdline(options), pvh: true },
         disks,
         // Our own image dials these; the connections are held, and another image does not notice.
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         rng: true,
-        fs: None,
-        nets: vec![],
         console,
         serial,
+        ..VmConfig::new(options.memory, kernel)
     })
 }
 

@@ -14,7 +14,7 @@ use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, SHARE_TAG, STREAM_PORT};
 use tokio::sync::oneshot;
 use vmm_api::{
     ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig,
-    NetConfig, Op, PROTOCOL_VERSION, Reply, VmConfig, VsockConfig,
+    NetConfig, Op, Reply, VmConfig, VsockConfig,
 };
 
 use crate::agent::{Agent, AgentError};
@@ -309,20 +309,19 @@ fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
         "" => CMDLINE.to_owned(),
         more => format!("{CMDLINE} {more}"),
     };
+    let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true };
     VmConfig {
-        version: PROTOCOL_VERSION,
         name: plan.name.chars().take(128).collect(),
         vcpus: config.vcpus,
         memory: MemoryConfig {
-            size_mib: config.memory_mib,
             backing: if config.hugepages {
                 GuestMemoryBacking::Hugetlbfs
             } else {
                 GuestMemoryBacking::Anonymous
             },
             prefault: config.prefault,
+            ..MemoryConfig::new(config.memory_mib)
         },
-        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true },
         disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 }],
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         // The guest's generator is ready before its first driver where the processor feeds it, and the agent's
@@ -331,7 +330,7 @@ fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
         nets: net_configs(&network.devices),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
-        serial: None,
+        ..VmConfig::new(config.memory_mib, kernel)
     }
 }
 

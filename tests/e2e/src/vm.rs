@@ -14,7 +14,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use tempfile::TempDir;
 use vmm_api::{
     CONTROL_FD, Client, ConsoleConfig, DiskConfig, Event, ExitReason, FdIndex, FsCache, FsConfig,
-    KernelConfig, MemoryConfig, NetConfig, Op, PROTOCOL_VERSION, Reply, Stats, VmConfig, VsockConfig,
+    KernelConfig, MemoryConfig, NetConfig, Op, Reply, Stats, VmConfig, VsockConfig,
 };
 
 use crate::command::{LIMIT, run};
@@ -31,6 +31,8 @@ pub const ROOT_CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/sbin/ini
 pub struct GuestSpec {
     /// vCPUs.
     pub vcpus: u8,
+    /// Most vCPUs; `vcpus` if not said.
+    pub max_vcpus: Option<u8>,
     /// Memory in MiB.
     pub memory: MemoryConfig,
     /// File name of the kernel below [`SHARE`].
@@ -53,7 +55,8 @@ impl Default for GuestSpec {
     fn default() -> Self {
         GuestSpec {
             vcpus: 1,
-            memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
+            max_vcpus: None,
+            memory: MemoryConfig::new(128),
             kernel: "vmlinux",
             pvh: true,
             initrd: false,
@@ -127,19 +130,19 @@ impl GuestSpec {
         }
         let (reader, writer) = std::io::pipe()?;
         let output = Some(give(writer.into()));
+        let kernel = KernelConfig { image, initrd, cmdline, pvh: self.pvh };
         let config = VmConfig {
-            version: PROTOCOL_VERSION,
             name: "e2e".into(),
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus,
             memory: self.memory,
-            kernel: KernelConfig { image, initrd, cmdline, pvh: self.pvh },
             disks,
             nets,
             vsock: Some(VsockConfig { cid: 3, ports: vec![1024] }),
             rng: true,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
             console: Some(ConsoleConfig { output, input: None }),
-            serial: None,
+            ..VmConfig::new(0, kernel)
         };
         let (client, vmm) = start_vmm()?;
         let mut guest = Guest { client, vmm, lines: collect_lines(reader), seen: vec![], _folder: folder };

@@ -10,7 +10,7 @@ const LOOK: &str = "echo cpus=$(grep -c ^processor /proc/cpuinfo)\n\
                     echo release=$(uname -r)\n";
 
 fn memory(size_mib: u32) -> MemoryConfig {
-    MemoryConfig { size_mib, backing: GuestMemoryBacking::Anonymous, prefault: false }
+    MemoryConfig::new(size_mib)
 }
 
 fn boots_with(spec: GuestSpec) -> Result<()> {

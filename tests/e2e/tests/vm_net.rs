@@ -47,7 +47,7 @@ impl Net {
         let port = self.gate.local_addr()?.port();
         let spec = GuestSpec {
             vcpus,
-            memory: MemoryConfig { size_mib: 256, backing: Default::default(), prefault: false },
+            memory: MemoryConfig::new(256),
             nets: vec![(fds, [2, 0, 0, 0, 7, self.number], self.mtu)],
             script: format!(
                 "host={host}; hold() {{ echo $1; nc $host {port} </dev/null; }}\n\

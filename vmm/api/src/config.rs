@@ -30,8 +30,12 @@ pub struct VmConfig {
     /// Name of the sandbox, for logs only; at most 128 bytes.
     #[serde(default)]
     pub name: String,
-    /// vCPUs, 1 to [`MAX_VCPUS`].
+    /// vCPUs at boot, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// Most vCPUs it can be grown to, `vcpus` to [`MAX_VCPUS`]; `vcpus` when absent. Each costs the guest memory from the
+    /// start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u8>,
     /// Guest memory.
     pub memory: MemoryConfig,
     /// What to boot.
@@ -59,6 +63,27 @@ pub struct VmConfig {
     pub serial: Option<FdIndex>,
 }
 
+impl VmConfig {
+    /// One vCPU, `memory_mib` of memory, a kernel, and no device. What else a VM has is said with `..VmConfig::new(…)`.
+    pub fn new(memory_mib: u32, kernel: KernelConfig) -> Self {
+        VmConfig {
+            version: crate::PROTOCOL_VERSION,
+            name: String::new(),
+            vcpus: 1,
+            max_vcpus: None,
+            memory: MemoryConfig::new(memory_mib),
+            kernel,
+            disks: vec![],
+            nets: vec![],
+            vsock: None,
+            rng: false,
+            fs: None,
+            console: None,
+            serial: None,
+        }
+    }
+}
+
 /// Guest memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -71,6 +96,13 @@ pub struct MemoryConfig {
     /// Populate all pages before the guest starts.
     #[serde(default)]
     pub prefault: bool,
+}
+
+impl MemoryConfig {
+    /// `size_mib` of ordinary memory.
+    pub fn new(size_mib: u32) -> Self {
+        MemoryConfig { size_mib, backing: GuestMemoryBacking::default(), prefault: false }
+    }
 }
 
 /// Where guest pages come from.

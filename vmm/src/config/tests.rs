@@ -2,25 +2,13 @@
 
 use std::fs::File;
 
-use vmm_api::{ConsoleConfig, KernelConfig, MemoryConfig};
+use vmm_api::{ConsoleConfig, KernelConfig};
 
 use super::*;
 
 fn config() -> VmConfig {
-    VmConfig {
-        version: PROTOCOL_VERSION,
-        name: "test".into(),
-        vcpus: 1,
-        memory: MemoryConfig { size_mib: 128, backing: Default::default(), prefault: false },
-        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true },
-        disks: vec![],
-        nets: vec![],
-        vsock: None,
-        rng: false,
-        fs: None,
-        console: None,
-        serial: None,
-    }
+    let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true };
+    VmConfig { name: "test".into(), ..VmConfig::new(128, kernel) }
 }
 
 fn fds(count: usize) -> Vec<OwnedFd> {

@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use vmm_api::{
-    ApiError, CONTROL_FD, Client, ClientError, Event, ExitReason, FdIndex, KernelConfig, MemoryConfig, Op,
-    PROTOCOL_VERSION, Reply, VmConfig,
+    ApiError, CONTROL_FD, Client, ClientError, Event, ExitReason, FdIndex, KernelConfig, Op, Reply, VmConfig,
 };
 
 /// Long enough for a busy machine; no test takes it when all is well.
@@ -106,20 +105,8 @@ pub fn file(bytes: &[u8]) -> OwnedFd {
 
 /// One vCPU, 64 MiB, the kernel as descriptor 0.
 pub fn config() -> VmConfig {
-    VmConfig {
-        version: PROTOCOL_VERSION,
-        name: "test".into(),
-        vcpus: 1,
-        memory: MemoryConfig { size_mib: 64, backing: Default::default(), prefault: false },
-        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true },
-        disks: vec![],
-        nets: vec![],
-        vsock: None,
-        rng: false,
-        fs: None,
-        console: None,
-        serial: None,
-    }
+    let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline: "quiet".into(), pvh: true };
+    VmConfig { name: "test".into(), ..VmConfig::new(64, kernel) }
 }
 
 pub fn configure(config: VmConfig) -> Op {
