@@ -24,6 +24,7 @@ pub mod event;
 pub mod exit;
 pub mod frame;
 pub mod op;
+pub mod resize;
 pub mod stats;
 
 pub use client::{Client, ClientError};
@@ -35,7 +36,8 @@ pub use error::{ApiError, ErrorCode};
 pub use event::{Event, ExitReason};
 pub use frame::{FdIndex, Packet};
 pub use op::{FsCache, Message, Op, Outcome, Reply, Request};
-pub use stats::{Stats, Timeline};
+pub use resize::{Ending, Reached, Resized, Vcpus};
+pub use stats::{Size, Stats, Timeline};
 
 /// The file descriptor on which `ctvm-vmm` finds its control socket.
 pub const CONTROL_FD: i32 = 3;

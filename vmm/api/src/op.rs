@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::resize::{Resized, Vcpus};
 use crate::{ApiError, DiskConfig, Event, FdIndex, Stats, Timeline, VmConfig};
 
 /// One request of the owner.
@@ -55,6 +56,21 @@ pub enum Op {
         /// Guest port.
         port: u32,
         /// How long to wait for the guest, in milliseconds, 1 to 60,000.
+        timeout_ms: u32,
+    },
+    /// Grow or shrink the VM, over the upcall channel. Legal when running. Replies [`Reply::Resized`], however far it
+    /// came; an error means that nothing was tried. One resize is under way at a time, one waits, and a later one takes
+    /// its place.
+    Resize {
+        /// Which vCPUs shall be online; as they are when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vcpus: Option<Vcpus>,
+        /// How much memory the guest shall have, in MiB: a multiple of 2, from the size at boot to
+        /// [`crate::MemoryConfig::max_mib`]; as it is when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory_mib: Option<u32>,
+        /// How long it may take, waiting for its turn and for a guest that still boots included, in milliseconds, 1 to
+        /// [`crate::resize::MAX_RESIZE_MS`].
         timeout_ms: u32,
     },
     /// Counters. Legal in every state.
@@ -119,4 +135,6 @@ pub enum Reply {
     },
     /// Counters.
     Stats(Box<Stats>),
+    /// A resize has ended.
+    Resized(Resized),
 }
