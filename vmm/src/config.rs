@@ -158,8 +158,10 @@ impl Fds {
 pub struct ValidConfig {
     /// Name for logs.
     pub name: String,
-    /// vCPUs.
+    /// vCPUs at boot.
     pub vcpus: u8,
+    /// Most vCPUs.
+    pub max_vcpus: u8,
     /// Guest memory in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
     /// Where its pages come from.
@@ -232,6 +234,8 @@ impl ValidConfig {
         let mut fds = Fds::new(fds);
         text("name", &config.name, 0, MAX_NAME)?;
         range("vcpus", config.vcpus, 1, MAX_VCPUS)?;
+        let max_vcpus = config.max_vcpus.unwrap_or(config.vcpus);
+        range("max_vcpus", max_vcpus, config.vcpus, MAX_VCPUS)?;
         let memory = config.memory;
         range("memory.size_mib", memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         if !memory.size_mib.is_multiple_of(2) {
@@ -260,6 +264,7 @@ impl ValidConfig {
         let valid = ValidConfig {
             name: config.name,
             vcpus: config.vcpus,
+            max_vcpus,
             memory_bytes: u64::from(memory.size_mib) << 20,
             backing: memory.backing,
             prefault: memory.prefault,

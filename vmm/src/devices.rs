@@ -28,6 +28,7 @@ use crate::config;
 use crate::event_loop::{EventLoop, Token};
 use crate::kvm::{KickAddress, KvmError, KvmVm};
 use crate::memory::GuestRam;
+use crate::upcall;
 use crate::vcpu::Ends;
 
 /// A device cannot be made.
@@ -207,7 +208,12 @@ impl Devices {
 
     /// Adds a socket device.
     pub fn add_vsock(&mut self, host: Host<'_>, config: &VsockConfig) -> Result<(), DeviceError> {
-        let device = Vsock::new(config.cid, &config.ports).map_err(DeviceError::refused("vsock"))?;
+        // The upcall channel's port is served here, unless the owner serves it.
+        let mut ports = config.ports.clone();
+        if !ports.contains(&upcall::abi::PORT) {
+            ports.push(upcall::abi::PORT);
+        }
+        let device = Vsock::new(config.cid, &ports).map_err(DeviceError::refused("vsock"))?;
         self.add(host, "vsock", device, Device::Vsock)
     }
 

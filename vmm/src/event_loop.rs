@@ -22,6 +22,8 @@ pub enum Token {
         /// Queue of the device.
         queue: u16,
     },
+    /// The upcall channel.
+    Upcall,
     /// A device's backend.
     Backend {
         /// Slot of the device.
@@ -37,6 +39,7 @@ impl Token {
             Token::DeviceReset => 2,
             Token::Queue { slot, queue } => 3 | u64::from(slot) << 32 | u64::from(queue) << 48,
             Token::Backend { slot } => 4 | u64::from(slot) << 32,
+            Token::Upcall => 5,
         }
     }
 
@@ -49,6 +52,7 @@ impl Token {
             2 => Token::DeviceReset,
             3 => Token::Queue { slot, queue },
             4 => Token::Backend { slot },
+            5 => Token::Upcall,
             _ => unreachable!("only `encode` makes these"),
         }
     }
@@ -137,6 +141,7 @@ mod tests {
             Token::Queue { slot: 18, queue: 7 },
             Token::Queue { slot: u16::MAX, queue: u16::MAX },
             Token::Backend { slot: 3 },
+            Token::Upcall,
         ] {
             assert_eq!(Token::decode(token.encode()), token);
         }

@@ -18,5 +18,6 @@ pub mod log;
 pub mod memory;
 pub mod monitor;
 pub mod seccomp;
-pub mod vcpu;
+pub mod upcall;
+mod vcpu;
 pub mod vm;

@@ -19,6 +19,7 @@ use crate::dials::Dials;
 use crate::error::Coded;
 use crate::event_loop::{EventLoop, Interest, Token};
 use crate::kvm::{Coming, Shell};
+use crate::upcall;
 use crate::vcpu::End;
 use crate::vm::Vm;
 use crate::vm::builder::VmError;
@@ -47,6 +48,8 @@ pub struct Monitor {
     shell: Option<Coming>,
     timeline: Timeline,
     dials: Dials,
+    /// The owner left the upcall channel's port to us.
+    serves_upcall: bool,
     /// Why the last `Configure` failed.
     refused: Option<VmError>,
 }
@@ -72,6 +75,7 @@ impl Monitor {
             shell: Shell::begin().ok(),
             timeline: Timeline { main_us, ..Timeline::default() },
             dials: Dials::default(),
+            serves_upcall: false,
             refused: None,
         })
     }
@@ -101,7 +105,10 @@ impl Monitor {
                     return ExitReason::Internal { detail: format!("wait for the control socket: {e}") };
                 }
             }
-            let ready = match self.events.wait(self.dials.next_timeout(Instant::now())) {
+            let now = Instant::now();
+            let resize = self.vm.as_ref().and_then(|vm| vm.next_resize_timeout(now));
+            let timeout = [self.dials.next_timeout(now), resize].into_iter().flatten().min();
+            let ready = match self.events.wait(timeout) {
                 Ok(ready) => ready,
                 Err(e) => return ExitReason::Internal { detail: format!("epoll_wait: {e}") },
             };
@@ -112,6 +119,7 @@ impl Monitor {
             }
             self.expire_dials();
             self.relay_connections();
+            self.answer_resizes();
         }
     }
 
@@ -126,6 +134,12 @@ impl Monitor {
             Token::DeviceReset => self.with_devices(|devices| devices.on_reset()),
             Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
             Token::Backend { slot } => self.with_devices(|devices| devices.on_backend(slot)),
+            Token::Upcall => {
+                if let Some(vm) = &mut self.vm {
+                    vm.on_upcall();
+                }
+                None
+            }
         }
     }
 
@@ -176,6 +190,13 @@ impl Monitor {
         let events = self.vm.as_ref().map(|vm| vm.devices().take_vsock_events()).unwrap_or_default();
         for event in events {
             match event {
+                VsockEvent::Accepted { port: upcall::abi::PORT, guest_port, socket }
+                    if self.serves_upcall =>
+                {
+                    if let Some(vm) = &mut self.vm {
+                        vm.accept_upcall(socket, guest_port, &self.events);
+                    }
+                }
                 VsockEvent::Accepted { port, guest_port, socket } => {
                     let event = Event::VsockAccepted { port, guest_port, socket: FdIndex(0) };
                     self.control.event(event, vec![socket]);
@@ -191,6 +212,15 @@ impl Monitor {
                     }
                 }
             }
+        }
+    }
+
+    fn answer_resizes(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        vm.expire_resizes(Instant::now());
+        for answer in vm.take_resize_answers() {
+            log::info!("resize: {}", answer.resized);
+            self.control.reply(answer.id, Ok((Reply::Resized(answer.resized), vec![])));
         }
     }
 
@@ -221,6 +251,9 @@ impl Monitor {
             self.control.reply(id, Err(ApiError::msg(ErrorCode::Unavailable, "the VM has ended")));
         }
         let Some(vm) = &mut self.vm else { return reason };
+        for id in vm.end_resizes() {
+            self.control.reply(id, Err(ApiError::msg(ErrorCode::Unavailable, "the VM has ended")));
+        }
         if let Err(e) = vm.stop() {
             log::error!("{e}");
             return ExitReason::Internal { detail: e.to_string() };

@@ -4,14 +4,18 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use imagefs::{Cache, MountOptions};
-use vmm_api::{ApiError, ErrorCode, FsCache, Op, Reply, Stats, VmConfig};
+use vmm_api::resize::MAX_RESIZE_MS;
+use vmm_api::{ApiError, ErrorCode, FsCache, Op, Reply, Stats, Vcpus, VmConfig};
 
 use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
 use crate::config::{Disk, Fds, ValidConfig};
 use crate::error::Coded;
+use crate::upcall;
+use crate::vcpu::CpuSet;
 use crate::vm::Vm;
 use crate::vm::builder::{self, VmError};
+use crate::vm::resize::{Asked, Cpus, Target};
 
 /// Longest wait of a `VsockConnect`, in milliseconds.
 const MAX_DIAL_MS: u32 = 60_000;
@@ -51,6 +55,7 @@ impl Monitor {
             Op::Resume => self.resume(),
             Op::FsUnmount { at } => self.fs_unmount(&at),
             Op::VsockConnect { port, timeout_ms } => self.vsock_connect(id, port, timeout_ms),
+            Op::Resize { vcpus, memory_mib, timeout_ms } => self.resize(id, vcpus, memory_mib, timeout_ms),
             Op::Stats => Ok(Answer::Now(Reply::Stats(Box::new(self.stats())))),
             // What follows is the main loop's business.
             Op::Shutdown => DONE,
@@ -70,6 +75,7 @@ impl Monitor {
 
     fn configure(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Done {
         self.timeline.configure_us = monotonic_us();
+        self.serves_upcall = !config.vsock.as_ref().is_some_and(|v| v.ports.contains(&upcall::abi::PORT));
         match self.build(config, fds) {
             Ok(vm) => {
                 self.vm = Some(vm);
@@ -82,6 +88,27 @@ impl Monitor {
                 Err(answer)
             }
         }
+    }
+
+    /// The answer comes when the guest's has, or when the time is up.
+    fn resize(&mut self, id: u64, vcpus: Option<Vcpus>, memory_mib: Option<u32>, timeout_ms: u32) -> Done {
+        if !(1..=MAX_RESIZE_MS).contains(&timeout_ms) {
+            return Err(invalid(format!("timeout_ms is {timeout_ms}, must be 1 to {MAX_RESIZE_MS}")));
+        }
+        let vm = self.vm_mut();
+        if vm.devices().vsock().is_none() {
+            return Err(missing("socket device"));
+        }
+        let target = Target {
+            vcpus: vcpus.map(|vcpus| vcpu_target(vcpus, vm.possible_vcpus())).transpose()?,
+            memory: memory_mib.map(|mib| memory_target(mib, vm.memory_limits_mib())).transpose()?,
+        };
+        if target == (Target { vcpus: None, memory: None }) {
+            return Err(invalid("neither vcpus nor memory_mib is given".to_owned()));
+        }
+        let timeout = Duration::from_millis(timeout_ms.into());
+        vm.resize(Asked { id, target, at: Instant::now(), timeout });
+        Ok(Answer::Later)
     }
 
     fn build(&mut self, config: VmConfig, fds: Vec<OwnedFd>) -> Result<Vm, VmError> {
@@ -157,8 +184,41 @@ impl Monitor {
             let counters = counters.into_iter().map(|(counter, value)| (counter.to_owned(), value)).collect();
             stats.devices.insert(name.to_owned(), counters);
         }
+        vm.describe_size(&mut stats);
         stats
     }
+}
+
+fn invalid(text: String) -> ApiError {
+    ApiError::msg(ErrorCode::InvalidArgument, text)
+}
+
+fn vcpu_target(wanted: Vcpus, possible: CpuSet) -> Result<Cpus, ApiError> {
+    let max = possible.len();
+    match wanted {
+        Vcpus::Count(count) if (1..=max).contains(&count) => Ok(Cpus::Count(count)),
+        Vcpus::Count(count) => Err(invalid(format!("vcpus is {count}, must be 1 to {max} (max_vcpus)"))),
+        Vcpus::These(indices) => match indices.iter().find(|index| !possible.has(**index)) {
+            Some(index) => {
+                let last = max - 1;
+                Err(invalid(format!("vcpus names {index}, must be 0 to {last} (max_vcpus is {max})")))
+            }
+            None if !indices.contains(&0) => Err(invalid("vcpus is without 0, which cannot go".to_owned())),
+            None => Ok(Cpus::These(indices.into_iter().collect())),
+        },
+    }
+}
+
+fn memory_target(wanted: u32, (boot, max): (u32, u32)) -> Result<u64, ApiError> {
+    if !(boot..=max).contains(&wanted) {
+        return Err(invalid(format!(
+            "memory_mib is {wanted}, must be {boot} (size_mib, which cannot go) to {max} (max_mib)"
+        )));
+    }
+    if !wanted.is_multiple_of(2) {
+        return Err(invalid(format!("memory_mib is {wanted}, must be a multiple of 2")));
+    }
+    Ok(u64::from(wanted - boot) << 20)
 }
 
 fn missing(device: &str) -> ApiError {

@@ -10,20 +10,30 @@
 //! The main thread wants a state, kicks, and waits until each thread says it is there. A thread leaves `Running` only
 //! where `KVM_RUN` came back with nothing pending: KVM has then finished the guest's last port or memory access, so
 //! a paused vCPU is between two instructions.
+//!
+//! A vCPU that the VM does not boot with has its thread from the start, asleep and with nothing made: threads inherit the
+//! filter of who makes them, and the main thread's, once it is confined, has no system call for one. The thread makes its
+//! vCPU when it is first wanted. A vCPU that the guest gave up is paused and stays, as KVM cannot take one away.
 
 mod exits;
 mod gate;
+mod runner;
+mod set;
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 pub use exits::{End, Ends, ExitCounts};
 use gate::{Gate, Phase, Wanted};
+use runner::{Runner, Source};
+pub use set::CpuSet;
 
 use crate::bus::Bus;
-use crate::kvm::{Entered, Kicker, KvmError, KvmVcpu};
+use crate::kvm::{Kicker, KvmError, KvmVcpu};
 
 /// A vCPU thread needs little: no recursion, no buffers on the stack.
 const STACK: usize = 128 << 10;
@@ -51,6 +61,14 @@ pub enum VcpuError {
         #[source]
         source: KvmError,
     },
+    /// It could not be made when it was wanted.
+    #[error("make vCPU {index}: {detail}")]
+    Make {
+        /// Which.
+        index: u8,
+        /// What KVM said.
+        detail: String,
+    },
     /// It is still running.
     #[error("vCPU {index} did not stop within {KICK_PATIENCE:?}")]
     Stuck {
@@ -72,10 +90,22 @@ pub struct Surroundings {
     pub confine: fn() -> Result<(), String>,
 }
 
+/// Makes a vCPU when it is wanted, on its own thread.
+#[derive(Clone)]
+pub struct Maker(pub Arc<dyn Fn(u8) -> Result<KvmVcpu, KvmError> + Send + Sync>);
+
+impl fmt::Debug for Maker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Maker")
+    }
+}
+
 /// All vCPUs of a VM, driven by the main thread.
 #[derive(Debug, Default)]
 pub struct Vcpus {
     threads: Vec<VcpuThread>,
+    /// Those that run when the VM does.
+    active: CpuSet,
 }
 
 #[derive(Debug)]
@@ -83,60 +113,80 @@ struct VcpuThread {
     index: u8,
     gate: Arc<Gate>,
     counts: Arc<ExitCounts>,
-    kicker: Kicker,
+    /// `None` until it is made.
+    kicker: Option<Kicker>,
+    made: Receiver<Result<Kicker, KvmError>>,
     thread: JoinHandle<()>,
 }
 
 impl Vcpus {
-    /// Starts a parked thread for each of `vcpus`, in order.
-    pub fn spawn(vcpus: Vec<KvmVcpu>, around: &Surroundings) -> Result<Self, VcpuError> {
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (index, vcpu) in (0u8..).zip(vcpus) {
-            let kicker = vcpu.kicker().map_err(|source| VcpuError::Prepare { index, source })?;
-            let gate = Arc::<Gate>::default();
-            let counts = Arc::<ExitCounts>::default();
-            let runner = Runner {
-                index,
-                vcpu,
-                gate: Arc::clone(&gate),
-                counts: Arc::clone(&counts),
-                around: around.clone(),
-            };
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK)
-                .spawn(move || runner.live())
-                .map_err(|source| VcpuError::Spawn { index, source })?;
-            threads.push(VcpuThread { index, gate, counts, kicker, thread });
-        }
-        Ok(Vcpus { threads })
+    /// Starts a parked thread for each of `vcpus`, in order, and for each of those that `maker` may have to make, up to
+    /// `max` in all.
+    pub fn spawn(
+        vcpus: Vec<KvmVcpu>,
+        max: u8,
+        maker: &Maker,
+        around: &Surroundings,
+    ) -> Result<Self, VcpuError> {
+        let active = CpuSet::first(u8::try_from(vcpus.len()).expect("at most 32"));
+        let later = (0..).map(|_| Source::Later(maker.clone()));
+        let sources = vcpus.into_iter().map(Source::Made).chain(later);
+        let threads = (0..max).zip(sources).map(|(index, source)| VcpuThread::spawn(index, source, around));
+        Ok(Vcpus { threads: threads.collect::<Result<_, _>>()?, active })
     }
 
-    /// Lets all run, from `Parked` or `Paused`.
+    /// Lets all run that are active, from `Parked` or `Paused`.
     pub fn run(&self) {
-        for vcpu in &self.threads {
-            vcpu.kicker.release();
-            vcpu.gate.want(Wanted::Run);
+        for vcpu in self.threads.iter().filter(|vcpu| self.active.has(vcpu.index)) {
+            vcpu.run();
         }
+    }
+
+    /// From now on these run too; on a running VM at once, where they wait for the guest to wake them. All or none.
+    pub fn start(&mut self, set: CpuSet) -> Result<(), VcpuError> {
+        let begun: Vec<_> = set.iter().collect();
+        // All begin first: making one waits for the host.
+        for index in &begun {
+            self.threads[usize::from(*index)].run();
+        }
+        self.active = self.active.and(set);
+        // All are waited for, as one that is there can be stopped only by what it brings.
+        let made = begun.iter().map(|index| self.threads[usize::from(*index)].wait_until_made());
+        let made = made.fold(Ok(()), Result::and);
+        if made.is_err()
+            && let Err(error) = self.park(set)
+        {
+            log::error!("{error}");
+        }
+        made
+    }
+
+    /// From now on these rest.
+    pub fn park(&mut self, set: CpuSet) -> Result<(), VcpuError> {
+        self.active = self.active.without(set);
+        self.stop(set, Wanted::Pause)
     }
 
     /// Stops all between two instructions. Returns when they have.
     pub fn pause(&self) -> Result<(), VcpuError> {
-        self.stop(Wanted::Pause)
+        self.stop(self.active, Wanted::Pause)
     }
 
     /// Ends all threads. Returns when no guest code runs any more.
     pub fn finish(&self) -> Result<(), VcpuError> {
-        self.stop(Wanted::Finish)
+        self.stop(CpuSet::first(u8::MAX), Wanted::Finish)
     }
 
-    fn stop(&self, wanted: Wanted) -> Result<(), VcpuError> {
+    fn stop(&self, set: CpuSet, wanted: Wanted) -> Result<(), VcpuError> {
+        let set = || self.threads.iter().filter(|vcpu| set.has(vcpu.index));
         // All are told first, so that they stop at nearly the same time.
-        for vcpu in &self.threads {
+        for vcpu in set() {
             vcpu.gate.want(wanted);
-            vcpu.kicker.kick(&vcpu.thread);
+            if let Some(kicker) = &vcpu.kicker {
+                kicker.kick(&vcpu.thread);
+            }
         }
-        for vcpu in &self.threads {
+        for vcpu in set() {
             let stopped = vcpu.gate.wait(KICK_PATIENCE, |phase| match wanted {
                 Wanted::Finish => phase == Phase::Finished,
                 _ => phase != Phase::Running,
@@ -154,83 +204,52 @@ impl Vcpus {
     }
 }
 
-/// What lives on a vCPU's thread.
-#[derive(Debug)]
-struct Runner {
-    index: u8,
-    vcpu: KvmVcpu,
-    gate: Arc<Gate>,
-    counts: Arc<ExitCounts>,
-    around: Surroundings,
+impl VcpuThread {
+    fn spawn(index: u8, source: Source, around: &Surroundings) -> Result<Self, VcpuError> {
+        let kicker = match &source {
+            Source::Made(vcpu) => Some(vcpu.kicker().map_err(|source| VcpuError::Prepare { index, source })?),
+            Source::Later(_) => None,
+        };
+        let (gate, counts) = (Arc::<Gate>::default(), Arc::<ExitCounts>::default());
+        let (tell, made) = mpsc::channel();
+        let runner = Runner {
+            index,
+            tell,
+            gate: Arc::clone(&gate),
+            counts: Arc::clone(&counts),
+            around: around.clone(),
+        };
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK)
+            .spawn(move || runner.live(source))
+            .map_err(|source| VcpuError::Spawn { index, source })?;
+        Ok(VcpuThread { index, gate, counts, kicker, made, thread })
+    }
+
+    fn run(&self) {
+        if let Some(kicker) = &self.kicker {
+            kicker.release();
+        }
+        self.gate.want(Wanted::Run);
+    }
+
+    fn wait_until_made(&mut self) -> Result<(), VcpuError> {
+        if self.kicker.is_some() {
+            return Ok(());
+        }
+        let failed = |detail| VcpuError::Make { index: self.index, detail };
+        match self.made.recv_timeout(KICK_PATIENCE) {
+            Ok(Ok(kicker)) => self.kicker = Some(kicker),
+            Ok(Err(error)) => return Err(failed(chain(&error))),
+            Err(_) => return Err(failed(format!("nothing after {KICK_PATIENCE:?}"))),
+        }
+        Ok(())
+    }
 }
 
-impl Runner {
-    fn live(mut self) {
-        if let Err(detail) = (self.around.confine)() {
-            self.around.ends.report(End::Failed { vcpu: self.index, detail });
-            self.gate.enter(Phase::Finished);
-            return;
-        }
-        let mut phase = Phase::Parked;
-        while phase != Phase::Finished {
-            self.gate.enter(phase);
-            phase = match phase {
-                Phase::Parked | Phase::Finished => self.wait(),
-                Phase::Running => self.running(),
-                Phase::Paused => {
-                    let next = self.wait();
-                    self.vcpu.tell_guest_it_was_paused();
-                    next
-                }
-            };
-        }
-        self.gate.enter(Phase::Finished);
-    }
-
-    fn wait(&self) -> Phase {
-        match self.gate.wait_to_leave() {
-            Wanted::Finish => Phase::Finished,
-            Wanted::Run | Wanted::Pause => Phase::Running,
-        }
-    }
-
-    fn running(&mut self) -> Phase {
-        loop {
-            match self.vcpu.run() {
-                Ok(Entered::Exit(exit)) => {
-                    if let Some(end) = exits::answer(exit, &self.around, &self.counts) {
-                        self.around.ends.report(self.describe(end));
-                        return Phase::Finished;
-                    }
-                }
-                Ok(Entered::Kicked) => match self.gate.wanted() {
-                    Wanted::Run => {}
-                    Wanted::Pause => return Phase::Paused,
-                    Wanted::Finish => return Phase::Finished,
-                },
-                Err(source) => {
-                    let detail = format!("KVM_RUN: {source}");
-                    self.around.ends.report(self.describe(exits::Ended::Failed(detail)));
-                    return Phase::Finished;
-                }
-            }
-        }
-    }
-
-    /// Adds where the guest was, which the log of a failure is read for.
-    fn describe(&self, ended: exits::Ended) -> End {
-        let place = match self.vcpu.regs() {
-            Ok(regs) => format!("rip {:#x} rsp {:#x} rflags {:#x}", regs.rip, regs.rsp, regs.rflags),
-            Err(e) => format!("registers unknown: {e}"),
-        };
-        match ended {
-            exits::Ended::Reset => {
-                log::debug!("vcpu{}: reset at {place}", self.index);
-                End::Reset
-            }
-            exits::Ended::Failed(what) => {
-                End::Failed { vcpu: self.index, detail: format!("{what} at {place}") }
-            }
-        }
-    }
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |e| e.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Vm;
+use super::resize::Resizer;
 use crate::arch::x86_64::boot::{Initrd, load_initrd};
 use crate::arch::x86_64::cpuid::Answers;
 use crate::arch::x86_64::kernel::{self, Kernel, KernelError};
@@ -20,7 +21,8 @@ use crate::legacy::i8042::I8042;
 use crate::legacy::serial::Serial;
 use crate::memory::{GuestRam, MemoryError};
 use crate::seccomp::{self, Role};
-use crate::vcpu::{Ends, VcpuError, Vcpus};
+use crate::upcall::Channel;
+use crate::vcpu::{CpuSet, Ends, Maker, VcpuError, Vcpus};
 
 /// A VM cannot be made, or driven.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +83,7 @@ pub fn build(
     vm.map_ram(&ram)?;
     vm.set_tss_address(layout::TSS)?;
     vm.create_irqchip()?;
-    let answers = Answers::new(&cpuid, config.vcpus);
+    let (vm, answers) = (Arc::new(vm), Arc::new(Answers::new(&cpuid, config.max_vcpus)));
     let vcpus = create_vcpus(&vm, &answers, config.vcpus)?;
     enter_kernel(&vcpus[0], &kernel)?;
     made();
@@ -122,6 +124,12 @@ pub fn build(
         vcpus: Vcpus::default(),
         ports,
         ends,
+        channel: Channel::new(),
+        resizer: Resizer::new(
+            CpuSet::first(config.vcpus),
+            CpuSet::first(config.max_vcpus),
+            config.memory_bytes,
+        ),
     })
 }
 
@@ -132,15 +140,20 @@ fn load(ram: &GuestRam, config: &ValidConfig) -> Result<(Kernel, Option<Initrd>)
 }
 
 fn create_vcpus(vm: &KvmVm, answers: &Answers, count: u8) -> Result<Vec<KvmVcpu>, VmError> {
-    let msrs = msr::at_boot();
-    let mut vcpus = Vec::with_capacity(count.into());
-    for index in 0..count {
-        let vcpu = vm.create_vcpu(index)?;
-        vcpu.set_cpuid(&answers.of_vcpu(index))?;
-        vcpu.set_msrs(&msrs)?;
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
+    (0..count).map(|index| Ok(create_vcpu(vm, answers, index)?)).collect()
+}
+
+fn create_vcpu(vm: &KvmVm, answers: &Answers, index: u8) -> Result<KvmVcpu, KvmError> {
+    let vcpu = vm.create_vcpu(index)?;
+    vcpu.set_cpuid(&answers.of_vcpu(index))?;
+    vcpu.set_msrs(&msr::at_boot())?;
+    Ok(vcpu)
+}
+
+/// Makes the vCPUs that come later.
+pub(super) fn vcpu_maker(vm: &Arc<KvmVm>, answers: &Arc<Answers>) -> Maker {
+    let (vm, answers) = (Arc::clone(vm), Arc::clone(answers));
+    Maker(Arc::new(move |index| create_vcpu(&vm, &answers, index)))
 }
 
 /// Puts the boot CPU at the kernel's entry. The others stay as reset left them, waiting for INIT and SIPI.

@@ -102,6 +102,7 @@ pub fn name(op: &Op) -> &'static str {
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",
+        Op::Resize { .. } => "resize",
         Op::Stats => "stats",
         Op::Shutdown => "shutdown",
     }
@@ -133,8 +134,9 @@ pub fn permit(state: State, op: &Op) -> Result<Permit, Denied> {
 
         (Op::FsMount { .. } | Op::FsUnmount { .. }, Configured | Running | Paused) => Ok(Permit::Go(state)),
 
-        (Op::VsockConnect { .. }, Running) => Ok(Permit::Go(Running)),
-        (Op::VsockConnect { .. }, Configured | Paused) => Err(not_running),
+        // A paused guest cannot answer.
+        (Op::VsockConnect { .. } | Op::Resize { .. }, Running) => Ok(Permit::Go(Running)),
+        (Op::VsockConnect { .. } | Op::Resize { .. }, Configured | Paused) => Err(not_running),
 
         (_, Created) => Err(not_configured),
     }
@@ -162,6 +164,7 @@ mod tests {
             Op::FsMount { at: "a".into(), dir: FdIndex(0), read_only: true, cache: FsCache::Shared },
             Op::FsUnmount { at: "a".into() },
             Op::VsockConnect { port: 1, timeout_ms: 1 },
+            Op::Resize { vcpus: None, memory_mib: Some(64), timeout_ms: 1 },
             Op::Stats,
             Op::Shutdown,
         ]
@@ -170,7 +173,7 @@ mod tests {
     proptest! {
         /// Whatever an owner asks for, in whatever order: the VM is configured once, boots once, and is over once.
         #[test]
-        fn life_goes_one_way(asked in prop::collection::vec(0usize..10, 0..40)) {
+        fn life_goes_one_way(asked in prop::collection::vec(0usize..11, 0..40)) {
             let ops = ops();
             let (mut state, mut past) = (State::Created, vec![]);
             for op in asked.into_iter().map(|i| &ops[i]) {

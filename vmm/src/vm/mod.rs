@@ -1,10 +1,12 @@
 //! One VM: memory, vCPUs, devices. Owned, and changed, by the main thread alone; the others reach devices through the
 //! buses.
 //!
-//! `builder` makes it, `lifecycle` says what is legal when, `monitor` asks for it.
+//! `builder` makes it, `lifecycle` says what is legal when, `resize` makes it larger and smaller, `monitor` asks for it.
 
 pub mod builder;
 pub mod lifecycle;
+mod parts;
+pub mod resize;
 
 use std::sync::Arc;
 
@@ -19,44 +21,54 @@ use crate::event_loop::EventLoop;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::memory::GuestRam;
 use crate::seccomp::{self, Role};
+use crate::upcall::Channel;
 use crate::vcpu::{Ends, Surroundings, Vcpus};
 use builder::VmError;
+use resize::Resizer;
 use vmm_api::config::MAX_DISKS;
 
 /// A VM that has been configured.
 #[derive(Debug)]
 pub struct Vm {
     /// Keeps the VM alive; doorbells and interrupts of new devices are registered with it.
-    kvm: KvmVm,
+    kvm: Arc<KvmVm>,
     ram: GuestRam,
     kernel: Kernel,
     initrd: Option<Initrd>,
     cmdline: String,
-    answers: Answers,
-    /// vCPUs that have no thread yet: all of them until `boot`.
+    answers: Arc<Answers>,
+    /// vCPUs that have no thread yet: all it boots with, until `boot`.
     made: Vec<KvmVcpu>,
     vcpus: Vcpus,
     ports: Bus,
     devices: Devices,
     ends: Arc<Ends>,
+    channel: Channel,
+    resizer: Resizer,
 }
 
 impl Vm {
     /// Writes what the kernel finds in memory, and starts the vCPU threads, parked. From here on no device is added.
     pub fn prepare(&mut self) -> Result<(), VmError> {
-        let cmdline = cmdline_with_devices(&self.cmdline, &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
+        let (count, max) = (self.made.len(), self.resizer.possible().len());
+        let cmdline = match count < usize::from(max) {
+            // The MP table lists all that can be, as a kernel cannot learn of more; those above wait to be onlined.
+            true => format!("maxcpus={count} {}", self.cmdline),
+            false => self.cmdline.clone(),
+        };
+        let cmdline = cmdline_with_devices(&cmdline, &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
         log::debug!("kernel command line: {cmdline}");
         boot::write_tables(&self.ram, &self.kernel, &cmdline, self.initrd);
         let (signature, features) = self.answers.signature();
-        let vcpus = u8::try_from(self.made.len()).expect("at most 32");
-        boot::write_mp_table(&self.ram, &mptable::build(vcpus, signature, features));
+        boot::write_mp_table(&self.ram, &mptable::build(max, signature, features));
         let around = Surroundings {
             ports: Arc::new(self.ports.clone()),
             mmio: Arc::new(self.devices.bus()?),
             ends: Arc::clone(&self.ends),
             confine: builder::confine_vcpu,
         };
-        self.vcpus = Vcpus::spawn(std::mem::take(&mut self.made), &around)?;
+        let maker = builder::vcpu_maker(&self.kvm, &self.answers);
+        self.vcpus = Vcpus::spawn(std::mem::take(&mut self.made), max, &maker, &around)?;
         // Last, as new threads inherit the filter: there are none from here on.
         seccomp::confine(Role::Vmm).map_err(VmError::Confine)
     }
