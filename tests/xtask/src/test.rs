@@ -1,5 +1,5 @@
 //! `cargo xtask test`: every test there is. Unit tests on this machine, end-to-end tests in one lab machine, fuzz
-//! targets for a minute each. All run even when some fail; the last line says how many did.
+//! targets for a while each. All run even when some fail; the last line says how many did.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
@@ -35,7 +35,7 @@ pub struct Options {
     #[arg(long)]
     long: bool,
     /// Fuzz each target for this many seconds
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 20)]
     fuzz_seconds: u32,
 }
 

@@ -76,7 +76,11 @@ fn carry_out(
         Op::Configure(config) => {
             let taken = std::mem::replace(&mut fds, Fds::new(vec![]));
             let valid = ValidConfig::check(*config, taken.into_all()).map_err(|e| error(&e))?;
-            assert!((1..=MAX_VCPUS).contains(&valid.vcpus) && valid.disks.len() <= MAX_DISKS);
+            assert!(
+                (1..=MAX_VCPUS).contains(&valid.vcpus)
+                    && (valid.vcpus..=MAX_VCPUS).contains(&valid.max_vcpus)
+            );
+            assert!(valid.disks.len() <= MAX_DISKS);
             assert!(valid.memory_bytes.is_multiple_of(2 << 20) && valid.memory_bytes >= 64 << 20);
             if let Ok(line) = cmdline_with_devices(&valid.cmdline, &[(0xd000_0000, 5); 12], 4096) {
                 assert!(line.len() < MAX_CMDLINE && !line.contains('\0'));
@@ -112,16 +116,21 @@ fn packet(input: &mut Input<'_>) -> Vec<u8> {
 }
 
 fn op(input: &mut Input<'_>) -> Value {
-    match input.u8() % 12 {
+    match input.u8() % 13 {
         0..3 => json!({ "configure": config(input) }),
         3 => json!("boot"),
         4 => json!("pause"),
         5 => json!("resume"),
         6 => json!({ "attach": { "disk": disk(input) } }),
-        7 => json!({ "fs_mount": { "at": text(input), "dir": number(input), "read_only": true, "cache": text(input) } }),
+        7 => {
+            json!({ "fs_mount": { "at": text(input), "dir": number(input), "read_only": true, "cache": text(input) } })
+        }
         8 => json!({ "fs_unmount": { "at": text(input) } }),
         9 => json!({ "vsock_connect": { "port": number(input), "timeout_ms": number(input) } }),
         10 => json!("stats"),
+        11 => {
+            json!({ "resize": { "vcpus": { "count": number(input) }, "memory_mib": number(input), "timeout_ms": number(input) } })
+        }
         _ => json!("shutdown"),
     }
 }
@@ -130,6 +139,9 @@ fn config(input: &mut Input<'_>) -> Value {
     let mut config = Map::new();
     config.insert("version".into(), json!(if input.u8() > 8 { 1 } else { 2 }));
     config.insert("vcpus".into(), number(input));
+    if input.u8() & 1 == 1 {
+        config.insert("max_vcpus".into(), number(input));
+    }
     config.insert("memory".into(), json!({ "size_mib": number(input), "prefault": input.u8() & 1 == 1 }));
     config.insert("kernel".into(), json!({ "image": number(input), "cmdline": text(input) }));
     let parts = input.u8();

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use vmm_api::Resized;
 
 use crate::upcall::Ask;
-use crate::vcpu::CpuSet;
+pub use crate::vcpu::CpuSet;
 pub use resizer::Resizer;
 
 /// What a resize acts on.
