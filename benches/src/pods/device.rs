@@ -58,7 +58,7 @@ impl Link {
     /// Starts QEMU, with its own device or with the kernel's (`vhost`).
     pub fn qemu(self, vhost: bool) -> Result<Qemu> {
         let folder = tempfile::Builder::new().prefix("qemu").tempdir_in("/var/tmp")?;
-        let root = make_root(folder.path(), &self.script())?;
+        let root = make_root(folder.path(), &self.script(), &[])?;
         let console = folder.path().join("console");
         let mut command = subject::qemu(&format!("console=hvc0 quiet panic=-1 reboot=t {ROOT_CMDLINE}"));
         let vhost = if vhost { "on" } else { "off" };

@@ -39,7 +39,7 @@ fn each<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> Result<R> + Sync) -
 
 #[test]
 fn many_pods_run_at_once() -> Result<()> {
-    let count = PODS[usize::from(std::env::var_os("CTVM_LONG").is_some())];
+    let count = PODS[usize::from(e2e::long())];
     let daemon = Daemon::start(None)?;
     let cri = &daemon.cri;
     let pod = Pod::run(cri, "ctvm")?;

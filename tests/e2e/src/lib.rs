@@ -25,3 +25,8 @@ pub const BIN: &str = "/opt/ctvm/bin";
 pub const SHARE: &str = "/opt/ctvm/share";
 /// Name of the container image in `SHARE/image.tar`.
 pub const IMAGE: &str = "ctvm.local/demo:latest";
+
+/// Whether there is time for as much as the lab can hold: `cargo xtask test --long`.
+pub fn long() -> bool {
+    std::env::var_os("CTVM_LONG").is_some()
+}

@@ -1,7 +1,7 @@
 //! A microVM with a guest that runs a shell script: the VMM and its devices, without agent and containerd.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
+use std::io::{PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -49,6 +49,10 @@ pub struct GuestSpec {
     pub share: Option<(File, bool)>,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
     pub script: String,
+    /// Words to add to the kernel's command line.
+    pub cmdline: String,
+    /// Programs of this machine to find in the guest's `/bin`.
+    pub programs: Vec<PathBuf>,
 }
 
 impl Default for GuestSpec {
@@ -64,9 +68,14 @@ impl Default for GuestSpec {
             nets: Vec::new(),
             share: None,
             script: String::new(),
+            cmdline: String::new(),
+            programs: Vec::new(),
         }
     }
 }
+
+/// A script that does what [`Guest::ask`] says.
+pub const SHELL: &str = "stty -echo; while read -r line; do eval \"$line\"; done";
 
 /// A running microVM.
 #[derive(Debug)]
@@ -75,6 +84,9 @@ pub struct Guest {
     vmm: Child,
     lines: Receiver<String>,
     seen: Vec<String>,
+    /// What the guest reads on its console.
+    input: PipeWriter,
+    asked: u32,
     _folder: TempDir,
 }
 
@@ -112,11 +124,11 @@ impl GuestSpec {
         let mut cmdline = String::from("console=hvc0 quiet panic=-1 reboot=k");
         if self.initrd {
             let tree = folder.path().join("tree");
-            make_tree(&tree, &self.script)?;
+            make_tree(&tree, &self.script, &self.programs)?;
             initrd = Some(give(File::open(pack_initrd(&tree, folder.path())?)?.into()));
             cmdline += " rdinit=/sbin/init";
         } else {
-            let file = give(File::open(make_root(folder.path(), &self.script)?)?.into());
+            let file = give(File::open(make_root(folder.path(), &self.script, &self.programs)?)?.into());
             disks.push(DiskConfig { file, read_only: true, id: "root".into(), queues: 1 });
             cmdline += " ";
             cmdline += ROOT_CMDLINE;
@@ -130,6 +142,9 @@ impl GuestSpec {
         }
         let (reader, writer) = std::io::pipe()?;
         let output = Some(give(writer.into()));
+        let (typed, input) = std::io::pipe()?;
+        let typed = Some(give(typed.into()));
+        cmdline = format!("{cmdline} {}", self.cmdline);
         let kernel = KernelConfig { image, initrd, cmdline, pvh: self.pvh };
         let config = VmConfig {
             name: "e2e".into(),
@@ -141,11 +156,19 @@ impl GuestSpec {
             vsock: Some(VsockConfig { cid: 3, ports: vec![1024] }),
             rng: true,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
-            console: Some(ConsoleConfig { output, input: None }),
+            console: Some(ConsoleConfig { output, input: typed }),
             ..VmConfig::new(0, kernel)
         };
         let (client, vmm) = start_vmm()?;
-        let mut guest = Guest { client, vmm, lines: collect_lines(reader), seen: vec![], _folder: folder };
+        let mut guest = Guest {
+            client,
+            vmm,
+            lines: collect_lines(reader),
+            seen: vec![],
+            input,
+            asked: 0,
+            _folder: folder,
+        };
         let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         guest.client.call(Op::Configure(Box::new(config)), &borrowed, LIMIT).context("configure")?;
         drop(fds);
@@ -194,6 +217,22 @@ impl Guest {
         let mut lines = std::mem::take(&mut self.seen);
         lines.pop();
         Ok(ScriptOutput { lines, status })
+    }
+
+    /// Has the guest's shell carry out `command`; what it printed. For guests whose script is [`SHELL`].
+    pub fn ask(&mut self, command: &str) -> Result<String> {
+        self.asked += 1;
+        let end = format!("asked {}", self.asked);
+        self.seen.clear();
+        writeln!(self.input, "{command}; echo asked {}", self.asked)?;
+        self.wait_for_line(command, |line| line == end)?;
+        let lines = std::mem::take(&mut self.seen);
+        Ok(lines[..lines.len() - 1].join("\n"))
+    }
+
+    /// The owner's end of the control socket.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
     }
 
     /// Carries out one operation without descriptors.
@@ -278,29 +317,33 @@ fn collect_lines(mut console: std::io::PipeReader) -> Receiver<String> {
     receiver
 }
 
-/// Makes in `folder` the image of a guest's root disk whose init runs `script`; its path.
+/// Makes in `folder` the image of a guest's root disk whose init runs `script`, with `programs` in its `/bin`; its path.
 ///
 /// # Errors
 /// What the file system or `mkfs.erofs` says.
-pub fn make_root(folder: &Path, script: &str) -> Result<PathBuf> {
+pub fn make_root(folder: &Path, script: &str, programs: &[PathBuf]) -> Result<PathBuf> {
     let (tree, root) = (folder.join("tree"), folder.join("root.erofs"));
-    make_tree(&tree, script)?;
+    make_tree(&tree, script, programs)?;
     run(Command::new("mkfs.erofs").args(["--quiet", "-T0"]).arg(&root).arg(&tree))?.ok()?;
     Ok(root)
 }
 
 /// A guest tree of one static busybox and the script.
-fn make_tree(tree: &Path, script: &str) -> Result<()> {
+fn make_tree(tree: &Path, script: &str, programs: &[PathBuf]) -> Result<()> {
     for folder in ["bin", "sbin", "proc", "sys", "dev", "tmp", "run", "mnt"] {
         fs::create_dir_all(tree.join(folder))?;
     }
     fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/busybox"))?;
     symlink("busybox", tree.join("bin/sh"))?;
+    for program in programs {
+        let name = program.file_name().with_context(|| format!("{} has no name", program.display()))?;
+        fs::copy(program, tree.join("bin").join(name)).with_context(|| program.display().to_string())?;
+    }
     let init = format!(
         "#!/bin/sh\nmount() {{ /bin/busybox mount \"$@\"; }}\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs tmp /tmp\n\
          mount -t devtmpfs dev /dev 2>/dev/null\n\
-         /bin/busybox mkdir /tmp/bin; /bin/busybox --install -s /tmp/bin; export PATH=/tmp/bin\n\
+         /bin/busybox mkdir /tmp/bin; /bin/busybox --install -s /tmp/bin; export PATH=/tmp/bin:/bin\n\
          exec </dev/hvc0 >/dev/hvc0 2>&1\n\
          ( set -e\n{script}\n)\necho \"{DONE}$?\"\nsync; reboot -f\n"
     );

@@ -4,12 +4,13 @@
 //! It has no expectations. The test that runs it (`tests/cri/tests/exercise.rs`) has a table of them.
 //!
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
-//! about.
+//! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`.
 
 mod content;
 mod hostile;
 mod map;
 mod names;
+mod upcall;
 mod watch;
 
 use std::fs::File;
@@ -30,6 +31,7 @@ fn main() -> Result<()> {
         ["spin"] => hostile::spin(),
         ["vsock", count] => hostile::vsock(count.parse()?),
         ["tcp", count] => hostile::tcp(count.parse()?),
+        ["upcall", fault] => upcall::run(fault),
         ["network", tcp, udp] => network(tcp, udp),
         _ => exercise(),
     }

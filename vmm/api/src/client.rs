@@ -1,6 +1,6 @@
 //! The owner's end of the control socket, blocking. The shim wraps [`crate::frame`] in its own event loop instead.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -32,12 +32,18 @@ pub struct Client {
     socket: OwnedFd,
     next_id: u64,
     events: VecDeque<(Event, Vec<OwnedFd>)>,
+    /// Calls begun and not finished, with their answers once they are here.
+    begun: BTreeMap<u64, Option<(Outcome, Vec<OwnedFd>)>>,
 }
+
+/// A call that has been sent. Its answer is kept until [`Client::finish`], or for as long as the client lives.
+#[derive(Debug)]
+pub struct Begun(u64);
 
 impl Client {
     /// Takes the owner's end of a control socket.
     pub fn new(socket: OwnedFd) -> Self {
-        Client { socket, next_id: 1, events: VecDeque::new() }
+        Client { socket, next_id: 1, events: VecDeque::new(), begun: BTreeMap::new() }
     }
 
     /// Sends `op` with its descriptors and waits up to `timeout` for the reply and the descriptors in it.
@@ -47,23 +53,54 @@ impl Client {
         fds: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        let begun = self.begin(op, fds)?;
+        self.finish(begun, timeout)
+    }
+
+    /// Sends `op` with its descriptors.
+    pub fn begin(&mut self, op: Op, fds: &[BorrowedFd<'_>]) -> Result<Begun, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
         let bytes = serde_json::to_vec(&Request { id, op }).expect("our own types serialise");
         frame::send(&self.socket, &bytes, fds)?;
+        self.begun.insert(id, None);
+        Ok(Begun(id))
+    }
+
+    /// Waits up to `timeout` for the reply to a call and the descriptors in it. One that is late is dropped.
+    pub fn finish(
+        &mut self,
+        Begun(id): Begun,
+        timeout: Duration,
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
         let deadline = Instant::now() + timeout;
-        loop {
-            let Some(packet) = self.receive(deadline)? else { return Err(ClientError::Deadline(timeout)) };
-            match decode(&packet)? {
-                Message::Event(event) => self.events.push_back((event, packet.fds)),
-                Message::Reply { id: of, outcome } if of == id || of == 0 => match outcome {
-                    Outcome::Ok(reply) => return Ok((reply, packet.fds)),
-                    Outcome::Err(error) => return Err(error.into()),
-                },
-                // The answer to a call that we gave up on.
-                Message::Reply { .. } => {}
+        while let Some(None) = self.begun.get(&id) {
+            let Some(packet) = self.receive(deadline)? else {
+                self.begun.remove(&id);
+                return Err(ClientError::Deadline(timeout));
+            };
+            self.take(packet, id)?;
+        }
+        match self.begun.remove(&id).flatten() {
+            Some((Outcome::Ok(reply), fds)) => Ok((reply, fds)),
+            Some((Outcome::Err(error), _)) => Err(error.into()),
+            None => unreachable!("a call is finished once, and was begun"),
+        }
+    }
+
+    fn take(&mut self, packet: Packet, waiting_for: u64) -> Result<(), ClientError> {
+        match decode(&packet)? {
+            Message::Event(event) => self.events.push_back((event, packet.fds)),
+            Message::Reply { id, outcome } => {
+                // 0: the VMM could not read which request it was.
+                let id = if id == 0 { waiting_for } else { id };
+                // Else it is the answer to a call that was given up on.
+                if let Some(answer) = self.begun.get_mut(&id) {
+                    *answer = Some((outcome, packet.fds));
+                }
             }
         }
+        Ok(())
     }
 
     /// The next event and its descriptors; `None` when `timeout` passes first.
@@ -73,8 +110,9 @@ impl Client {
         }
         let deadline = Instant::now() + timeout;
         while let Some(packet) = self.receive(deadline)? {
-            if let Message::Event(event) = decode(&packet)? {
-                return Ok(Some((event, packet.fds)));
+            self.take(packet, 0)?;
+            if let Some(event) = self.events.pop_front() {
+                return Ok(Some(event));
             }
         }
         Ok(None)
