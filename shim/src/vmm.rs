@@ -412,6 +412,7 @@ fn name_of(op: &Op) -> &'static str {
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",
         Op::Stats => "stats",
+        Op::Resize { .. } => "resize",
         Op::Shutdown => "shutdown",
     }
 }
