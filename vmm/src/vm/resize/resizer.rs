@@ -15,15 +15,20 @@ use crate::vcpu::CpuSet;
 const GRACE: Duration = Duration::from_secs(1);
 /// A question that changes nothing is answered at once, or never.
 const QUERY: Duration = Duration::from_secs(5);
-/// How often the guest is asked to do what the memory device wants, if its driver has not even looked.
-const TRIES: u8 = 5;
+/// First and longest pause before the guest is asked again to do what the memory device wants, if its driver had not looked
+/// yet when it was asked.
+const PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
 /// What the guest has been asked, and has not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Open {
     Query,
     Cpus { before: CpuSet, wanted: CpuSet },
-    Memory { before: u64, tries: u8 },
+    /// `seen`: the driver had looked at the device when it was asked, so that the answer is about what it saw.
+    Memory { before: u64, seen: bool, pause: Duration },
+    /// Nothing, for a while.
+    Pause { before: u64, pause: Duration },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -147,19 +152,18 @@ impl Resizer {
                     self.end_vcpus(before, wanted, &detail);
                 }
             }
-            Open::Memory { before, tries } => {
-                let unseen = machine.memory().is_some_and(|m| !m.seen && m.plugged != m.requested);
-                // The request overtook the device's interrupt.
-                if unseen && tries < TRIES && now < question.until {
-                    return self.ask_memory(before, tries + 1, machine, now);
+            Open::Memory { before, seen, pause } => {
+                let reached = machine.memory().is_some_and(|m| m.plugged == m.requested);
+                if status == 0 && !reached && !seen {
+                    // The request overtook the device's interrupt: the answer is about what was before it.
+                    let open = Open::Pause { before, pause: LONGEST_PAUSE.min(2 * pause) };
+                    self.question = Some(Question { seq: 0, open, until: now + pause });
+                    return;
                 }
-                let detail = match status {
-                    0 if unseen => "the guest's memory driver does not answer".to_owned(),
-                    0 => String::new(),
-                    errno => errno_text(errno),
-                };
+                let detail = if status == 0 { String::new() } else { errno_text(status) };
                 self.end_memory(before, &detail, machine);
             }
+            Open::Pause { .. } => unreachable!("it has no number that a reply could have"),
         }
     }
 
@@ -180,7 +184,7 @@ impl Resizer {
                 None
             }
             // It keeps what it has: nothing comes or goes behind the owner's back later.
-            Open::Memory { .. } => self.settle_memory(machine),
+            Open::Memory { .. } | Open::Pause { .. } => self.settle_memory(machine),
         };
         let Some(transaction) = &mut self.current else { return };
         transaction.memory = memory.or(transaction.memory);
@@ -215,14 +219,16 @@ impl Resizer {
     fn advance(&mut self, machine: &mut impl Machine, now: Instant) {
         while self.question.is_none() {
             let begun = self.current.as_mut().filter(|transaction| !transaction.endings.is_empty());
-            if let Some(transaction) = begun
-                && (!transaction.is_unfinished() || !machine.is_open())
-            {
-                if transaction.is_unfinished() {
+            if let Some(transaction) = begun {
+                if transaction.is_unfinished() && !machine.is_open() {
                     transaction.cut_off(Ending::Reset, "the guest hung up");
+                } else if transaction.is_unfinished() && transaction.asked.deadline() <= now {
+                    transaction.cut_off(Ending::TimedOut, "no time was left for the rest");
                 }
-                self.finish(now);
-                continue;
+                if !transaction.is_unfinished() {
+                    self.finish(now);
+                    continue;
+                }
             }
             if !machine.is_open() {
                 return;
@@ -268,14 +274,15 @@ impl Resizer {
         if memory.plugged == bytes {
             return self.end_memory(bytes, "", machine);
         }
-        self.ask_memory(memory.plugged, 1, machine, now);
+        self.ask_memory(memory.plugged, PAUSE, machine, now);
     }
 
-    fn ask_memory(&mut self, before: u64, tries: u8, machine: &mut impl Machine, now: Instant) {
+    fn ask_memory(&mut self, before: u64, pause: Duration, machine: &mut impl Machine, now: Instant) {
         let Some(memory) = machine.memory() else { return };
         let ask = Ask::SetMemory { base: memory.base, bytes: memory.requested };
+        let open = Open::Memory { before, seen: memory.seen, pause };
         let within = self.time_left(now);
-        self.ask(&ask, Open::Memory { before, tries }, within, machine, now);
+        self.ask(&ask, open, within, machine, now);
     }
 
     fn ask(&mut self, ask: &Ask, open: Open, within: Duration, machine: &mut impl Machine, now: Instant) {
@@ -286,6 +293,10 @@ impl Resizer {
                 self.cut_off(&Question { seq: 0, open, until }, Ending::Reset, "the guest hung up", machine);
             }
         }
+    }
+
+    fn has_time_left(&self, now: Instant) -> bool {
+        self.current.as_ref().is_some_and(|transaction| now < transaction.asked.deadline())
     }
 
     fn time_left(&self, now: Instant) -> Duration {
@@ -319,8 +330,15 @@ impl Resizer {
 
     /// Ends what has taken too long.
     pub fn expire(&mut self, machine: &mut impl Machine, now: Instant) {
-        if let Some(question) = self.question.take_if(|q| q.until <= now) {
-            self.cut_off(&question, Ending::TimedOut, "", machine);
+        match self.question.take_if(|q| q.until <= now) {
+            Some(Question { open: Open::Pause { before, pause }, .. }) if self.has_time_left(now) => {
+                self.ask_memory(before, pause, machine, now);
+            }
+            Some(Question { open: Open::Pause { before, .. }, .. }) => {
+                self.end_memory(before, "the guest's memory driver does not answer", machine);
+            }
+            Some(question) => self.cut_off(&question, Ending::TimedOut, "", machine),
+            None => {}
         }
         let late = self.question.is_none()
             && self.current.as_ref().is_some_and(|t| t.endings.is_empty() && t.asked.deadline() <= now);

@@ -12,6 +12,7 @@ use crate::upcall::{Happened, Hello};
 
 const MIB: u64 = 1 << 20;
 const SECOND: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_millis(64);
 const BOOT: u64 = 256 * MIB;
 
 /// A machine with an honest guest, which does only what it is told to.
@@ -26,6 +27,8 @@ struct Fake {
     seq: u64,
     memory: MemoryState,
     no_threads: bool,
+    /// Its memory driver looks at the device.
+    looks: bool,
 }
 
 impl Fake {
@@ -39,6 +42,7 @@ impl Fake {
             seq: 0,
             memory: MemoryState { base: 0xd000_0000, requested: 0, plugged: 0, seen: true },
             no_threads: false,
+            looks: true,
         }
     }
 
@@ -48,6 +52,7 @@ impl Fake {
         let (status, body) = match ask {
             Ask::Query => (0, self.view()),
             Ask::SetCpus(wanted) => self.set_cpus(wanted, limit),
+            Ask::SetMemory { .. } if !self.looks => (0, self.view()),
             Ask::SetMemory { .. } => {
                 self.memory.seen = true;
                 let step = (limit as u64).saturating_mul(128 * MIB);
@@ -278,7 +283,7 @@ fn a_guest_that_boots_has_until_the_deadline() {
 /// Defects 5 and 6: growing twice asks for the total, and the answer says what came of it.
 #[test]
 fn memory_grows_twice_and_shrinks_as_far_as_it_can() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut resizer, mut fake, mut now) = (resizer(), Fake::new(), Instant::now());
     let memory = |resizer: &mut Resizer| {
         let [answer] = resizer.take_answers().try_into().expect("one answer");
         (answer.resized.ending, answer.resized.memory_mib.unwrap())
@@ -293,8 +298,45 @@ fn memory_grows_twice_and_shrinks_as_far_as_it_can() {
     // All that could be had is 256 MiB.
     let reply = fake.work(2).unwrap();
     resizer.happened(reply, &mut fake, now);
+    // It had not looked when it was asked, so it is asked once more; there is no more to be had.
+    fake.memory.seen = true;
+    now += resizer.next_timeout(now).unwrap();
+    resizer.expire(&mut fake, now);
+    let reply = fake.work(0).unwrap();
+    resizer.happened(reply, &mut fake, now);
     assert_eq!(memory(&mut resizer), (Ending::Partial, Reached { asked: 256, reached: Some(1024) }));
     assert_eq!(fake.memory.requested, 768 * MIB, "nothing goes on behind the owner's back");
+}
+
+/// The request overtakes the device's interrupt: its answer says nothing, and it is asked again.
+#[test]
+fn memory_is_asked_for_until_its_driver_has_looked() {
+    let (mut resizer, mut fake, mut now) = (resizer(), Fake::new(), Instant::now());
+    fake.looks = false;
+    resizer.request(asked(1, None, Some(256 * MIB), now), &mut fake);
+    settle(&mut resizer, &mut fake, now);
+    for round in 0..12 {
+        let pause = resizer.next_timeout(now).unwrap();
+        assert!(pause <= LONGEST, "round {round}: {pause:?}");
+        assert!(fake.inbox.is_empty(), "not before it is over");
+        now += pause;
+        resizer.expire(&mut fake, now);
+        fake.looks = round == 11;
+        settle(&mut resizer, &mut fake, now);
+    }
+    // Either way it has an end.
+    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    assert_eq!(answer.resized.ending, Ending::Done);
+    fake.looks = false;
+    resizer.request(asked(2, None, Some(0), now), &mut fake);
+    while let Some(pause) = resizer.next_timeout(now) {
+        settle(&mut resizer, &mut fake, now);
+        now += pause;
+        resizer.expire(&mut fake, now);
+    }
+    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    assert_eq!(answer.resized.ending, Ending::Refused);
+    assert!(answer.resized.detail.contains("memory driver"), "{}", answer.resized.detail);
 }
 
 #[test]
