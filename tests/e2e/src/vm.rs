@@ -47,6 +47,10 @@ pub struct GuestSpec {
     pub nets: Vec<(Vec<OwnedFd>, [u8; 6], u16)>,
     /// Directory shown as `share` in the file share.
     pub share: Option<(File, bool)>,
+    /// Words after those of every guest on the kernel's command line.
+    pub cmdline: &'static str,
+    /// Ports of the host that the guest may dial.
+    pub ports: Vec<u32>,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
     pub script: String,
     /// Words to add to the kernel's command line.
@@ -67,6 +71,8 @@ impl Default for GuestSpec {
             disks: Vec::new(),
             nets: Vec::new(),
             share: None,
+            cmdline: "",
+            ports: vec![1024],
             script: String::new(),
             cmdline: String::new(),
             programs: Vec::new(),
@@ -133,6 +139,9 @@ impl GuestSpec {
             cmdline += " ";
             cmdline += ROOT_CMDLINE;
         }
+        if !self.cmdline.is_empty() {
+            cmdline = format!("{cmdline} {}", self.cmdline);
+        }
         for (file, read_only, id, queues) in self.disks {
             disks.push(DiskConfig { file: give(file.into()), read_only, id, queues });
         }
@@ -153,7 +162,7 @@ impl GuestSpec {
             memory: self.memory,
             disks,
             nets,
-            vsock: Some(VsockConfig { cid: 3, ports: vec![1024] }),
+            vsock: Some(VsockConfig { cid: 3, ports: self.ports }),
             rng: true,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
             console: Some(ConsoleConfig { output, input: typed }),
@@ -208,6 +217,11 @@ impl Guest {
                 Err(RecvTimeoutError::Disconnected) => bail!("no {what} before the end of {:#?}", self.seen),
             }
         }
+    }
+
+    /// What the console has shown up to the last line that was waited for.
+    pub fn lines(&self) -> &[String] {
+        &self.seen
     }
 
     /// Waits for the end of the script.
