@@ -53,8 +53,6 @@ pub struct GuestSpec {
     pub ports: Vec<u32>,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
     pub script: String,
-    /// Words to add to the kernel's command line.
-    pub cmdline: String,
     /// Programs of this machine to find in the guest's `/bin`.
     pub programs: Vec<PathBuf>,
 }
@@ -74,7 +72,6 @@ impl Default for GuestSpec {
             cmdline: "",
             ports: vec![1024],
             script: String::new(),
-            cmdline: String::new(),
             programs: Vec::new(),
         }
     }
@@ -153,7 +150,6 @@ impl GuestSpec {
         let output = Some(give(writer.into()));
         let (typed, input) = std::io::pipe()?;
         let typed = Some(give(typed.into()));
-        cmdline = format!("{cmdline} {}", self.cmdline);
         let kernel = KernelConfig { image, initrd, cmdline, pvh: self.pvh };
         let config = VmConfig {
             name: "e2e".into(),

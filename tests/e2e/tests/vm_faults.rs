@@ -13,7 +13,7 @@ const PROGRAM: &str = "/opt/ctvm/tests/exerciser";
 fn boot(fault: &str) -> Result<Guest> {
     let spec = GuestSpec {
         max_vcpus: Some(8),
-        cmdline: "ctvm_upcall.off=1".into(),
+        cmdline: "ctvm_upcall.off=1",
         programs: vec![PROGRAM.into()],
         script: format!("exerciser upcall {fault} || sleep 1000"),
         ..GuestSpec::default()

@@ -119,7 +119,7 @@ impl Host {
     fn first_hello(script: &str) -> Result<(Guest, UnixStream, Frame)> {
         let spec = GuestSpec {
             vcpus: 4,
-            memory: MemoryConfig { size_mib: 256, backing: Default::default(), prefault: false },
+            memory: MemoryConfig::new(256),
             cmdline: "maxcpus=1",
             ports: vec![PORT],
             script: format!(
