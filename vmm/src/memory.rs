@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
 use virtio::GuestMemory;
+use virtio::memory::Region;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestRegionMmap};
 use vmm_api::GuestMemoryBacking;
@@ -163,9 +164,8 @@ impl GuestRam {
             // ranges, and which is never unmapped.
             let builder = unsafe { builder.with_raw_mmap_pointer(at) };
             let region = builder.build().expect("the pointer is page aligned");
-            regions.push(
-                GuestRegionMmap::new(region, GuestAddress(gpa)).expect("guest addresses do not wrap around"),
-            );
+            let region = GuestRegionMmap::new(region, GuestAddress(gpa));
+            regions.push(Region::ram(region.expect("guest addresses do not wrap around")));
             at = at.wrapping_add(size);
         }
         let memory = GuestMemory::from_regions(regions).expect("ranges ascend and do not overlap");

@@ -111,6 +111,16 @@ pub trait VirtioDevice: Debug + Send {
     /// returns, nothing touches guest memory or rings any more.
     fn reset(&mut self);
 
+    /// Does `task` while no thread of the device's own holds anything of guest memory, and tells what came of it; `None`
+    /// if a thread was at a request for too long, and `task` was not done. Called under the transport's lock, which is
+    /// all that a device without threads of its own needs.
+    fn while_still<T>(&mut self, task: impl FnOnce() -> T) -> Option<T>
+    where
+        Self: Sized,
+    {
+        Some(task())
+    }
+
     /// Counters, by name, since the device was made.
     fn metrics(&self) -> Vec<(&'static str, u64)>;
 }

@@ -11,6 +11,7 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod irq;
+pub mod memory;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -21,5 +22,4 @@ pub mod testing;
 pub mod vsock;
 pub mod work;
 
-/// Guest memory as every device sees it. Clones share the mappings.
-pub type GuestMemory = vm_memory::GuestMemoryMmap;
+pub use memory::GuestMemory;

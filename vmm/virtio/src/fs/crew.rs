@@ -6,6 +6,7 @@
 //! ```text
 //!            run(work)                 stop()
 //!  parked ──────────────> serving ──────────────> parked          join() from either
+//!                            └─ while_still(task): stop, task, run; in time or not at all
 //! ```
 //!
 //! While work is running, each thread waits for any queue's event, and takes requests until the queues are empty. A
@@ -18,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -58,6 +60,16 @@ struct Shared {
     free: AtomicUsize,
     served: AtomicU64,
     dead: AtomicBool,
+}
+
+/// What came of telling the threads to stop.
+enum Halt {
+    /// They had nothing to work on.
+    Parked,
+    /// They had this, and all have parked.
+    Stopped(Arc<Work>),
+    /// One is still at a request. All go on.
+    Late,
 }
 
 /// The threads of one device.
@@ -112,16 +124,53 @@ impl Crew {
     /// Stops the threads when each has finished the request it is at, and gives back what they worked on. Blocks so
     /// long.
     pub fn stop(&self) -> Option<Arc<Work>> {
+        match self.halt(None) {
+            Halt::Parked => None,
+            Halt::Stopped(work) => Some(work),
+            Halt::Late => unreachable!("there is no limit"),
+        }
+    }
+
+    /// Does `task` while every thread is between two requests; `None` if one was not within `patience`. What the threads
+    /// work on is theirs again afterwards.
+    pub fn while_still<T>(&self, patience: Duration, task: impl FnOnce() -> T) -> Option<T> {
+        match self.halt(Some(Instant::now() + patience)) {
+            Halt::Parked => Some(task()),
+            Halt::Stopped(work) => {
+                let done = task();
+                self.run(work);
+                Some(done)
+            }
+            Halt::Late => None,
+        }
+    }
+
+    fn halt(&self, deadline: Option<Instant>) -> Halt {
         let mut orders = self.shared.orders();
-        let work = orders.work.take()?;
+        let Some(work) = orders.work.take() else { return Halt::Parked };
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.wake.write(1).expect("the counter is 0 while threads run, so it takes one more");
-        while orders.serving > 0 {
-            orders = self.shared.wait(orders);
+        let mut late = false;
+        while orders.serving > 0 && !late {
+            orders = match deadline {
+                None => self.shared.wait(orders),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    late = left.is_zero();
+                    self.shared.wait_for(orders, left)
+                }
+            };
         }
+        let late = orders.serving > 0;
         self.shared.wake.read().expect("written above, and nobody else reads it");
         self.shared.stop.store(false, Ordering::SeqCst);
-        Some(work)
+        if late {
+            // Those that have parked go on, too.
+            orders.work = Some(work);
+            self.shared.changed.notify_all();
+            return Halt::Late;
+        }
+        Halt::Stopped(work)
     }
 
     /// Requests served.
@@ -153,6 +202,11 @@ impl Shared {
 
     fn wait<'s>(&self, orders: MutexGuard<'s, Orders>) -> MutexGuard<'s, Orders> {
         self.changed.wait(orders).expect("no thread panics while it holds the orders")
+    }
+
+    fn wait_for<'s>(&self, orders: MutexGuard<'s, Orders>, most: Duration) -> MutexGuard<'s, Orders> {
+        let waited = self.changed.wait_timeout(orders, most);
+        waited.expect("no thread panics while it holds the orders").0
     }
 
     fn stopping(&self) -> bool {

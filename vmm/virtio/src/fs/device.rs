@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::crew::{Crew, Work};
 use super::{FsServer, FsState, FsThreads};
@@ -16,6 +17,9 @@ const THREADS_MAX: u16 = 4;
 const QUEUE_SIZE: u16 = 512;
 /// Descriptors in the high priority queue, which only carries short messages.
 const HIPRIO_SIZE: u16 = 64;
+
+/// How long the main loop may stand still for a request to end. Who asked for that is told to come again.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What a device is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,6 +197,10 @@ impl VirtioDevice for Fs {
         self.server.reset();
         self.session_lost = false;
         self.served_before = self.crew.served();
+    }
+
+    fn while_still<T>(&mut self, task: impl FnOnce() -> T) -> Option<T> {
+        self.crew.while_still(PATIENCE, task)
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

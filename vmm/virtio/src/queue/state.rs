@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x2_0000), 0x1_0000)]).unwrap()
+        crate::memory::anonymous(&[(0, 0x1_0000), (0x2_0000, 0x1_0000)])
     }
 
     fn good() -> QueueState {

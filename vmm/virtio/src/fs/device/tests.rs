@@ -198,6 +198,37 @@ fn pause_waits_for_the_request_in_flight() {
 }
 
 #[test]
+fn while_still_is_between_two_requests_or_not_at_all() {
+    let server = Arc::new(Echo::default());
+    let mut device = device(2, &server, &Arc::default());
+    assert_eq!(device.while_still(|| 1), Some(1), "an inactive device is still");
+    let mut guest = Guest::with(&mut device);
+    for round in 1..=20 {
+        *server.gate.lock().unwrap() = false;
+        let slow = guest.send(1, &[Buffer::Out(b"wait".to_vec()), Buffer::In(8)]);
+        server.await_waiting(round);
+        assert_eq!(device.while_still(|| unreachable!("a request is being served")), None::<()>);
+        // Nobody was stopped for good.
+        guest.ask(&mut device, 1, &[Buffer::Out(b"fast".to_vec()), Buffer::In(8)]);
+        server.open();
+        guest.wait_for(&mut device, 1, slow);
+        let during = device.while_still(|| {
+            let head = guest.send(1, &[Buffer::Out(b"later".to_vec()), Buffer::In(8)]);
+            std::thread::sleep(Duration::from_millis(2));
+            (head, guest.queues[1].used_idx())
+        });
+        let (head, used) = during.expect("no request is being served");
+        guest.wait_for(&mut device, 1, head);
+        assert_eq!(guest.queues[1].used_idx(), used.wrapping_add(1), "served while all was still");
+    }
+    device.pause();
+    assert_eq!(device.while_still(|| 1), Some(1));
+    guest.send(1, &[Buffer::Out(b"paused".to_vec()), Buffer::In(8)]);
+    std::thread::sleep(Duration::from_millis(2));
+    assert_eq!(device.queues()[1].next_avail, guest.queues[1].used_idx(), "still paused afterwards");
+}
+
+#[test]
 fn a_panic_is_told_and_nothing_hangs() {
     let (server, names) = (Arc::default(), Arc::new(Names::default()));
     let mut device = device(2, &server, &names);
