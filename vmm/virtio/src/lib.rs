@@ -11,6 +11,7 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod irq;
+pub mod mem;
 pub mod memory;
 pub mod mmio;
 pub mod net;

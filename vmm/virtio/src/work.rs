@@ -42,6 +42,11 @@ impl Work {
         if self.paused { None } else { self.activation.as_mut() }
     }
 
+    /// What the driver has set up, if it has, paused or not.
+    pub fn activation(&self) -> Option<&Activation> {
+        self.activation.as_ref()
+    }
+
     /// The queues as they stand, empty when there are none.
     pub fn queues(&self) -> Vec<QueueState> {
         self.activation.iter().flat_map(|active| &active.queues).map(Queue::state).collect()
