@@ -8,7 +8,9 @@ use std::os::fd::OwnedFd;
 use vmm_api::config::{
     MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_NET_PAIRS, MAX_NETS, MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU,
 };
-use vmm_api::{DiskConfig, FdIndex, GuestMemoryBacking, NetConfig, PROTOCOL_VERSION, VmConfig, VsockConfig};
+use vmm_api::{
+    DiskConfig, FdIndex, GuestMemoryBacking, MemoryConfig, NetConfig, PROTOCOL_VERSION, VmConfig, VsockConfig,
+};
 
 const MAX_NAME: usize = 128;
 const MAX_DISK_QUEUES: u8 = 8;
@@ -42,8 +44,19 @@ pub enum ConfigError {
         max: u64,
     },
     /// Memory comes in huge pages.
-    #[error("memory.size_mib is {0}, must be a multiple of 2")]
-    OddMemory(u32),
+    #[error("{what} is {value}, must be a multiple of 2")]
+    OddMemory {
+        /// Field.
+        what: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// Pages of a pool cannot come and go.
+    #[error("{what} needs anonymous memory: pages of hugetlbfs are set aside when they are mapped")]
+    PooledMemory {
+        /// Field.
+        what: &'static str,
+    },
     /// A text is too short, too long or has bytes it must not have.
     #[error("{what} has {len} bytes{flaw}, must have {min} to {max}")]
     Text {
@@ -164,6 +177,8 @@ pub struct ValidConfig {
     pub max_vcpus: u8,
     /// Guest memory in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// Bytes by which it can be grown, a multiple of 2 MiB.
+    pub hotplug_bytes: u64,
     /// Where its pages come from.
     pub backing: GuestMemoryBacking,
     /// Populate it first.
@@ -237,10 +252,7 @@ impl ValidConfig {
         let max_vcpus = config.max_vcpus.unwrap_or(config.vcpus);
         range("max_vcpus", max_vcpus, config.vcpus, MAX_VCPUS)?;
         let memory = config.memory;
-        range("memory.size_mib", memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
-        if !memory.size_mib.is_multiple_of(2) {
-            return Err(ConfigError::OddMemory(memory.size_mib));
-        }
+        let hotplug_mib = check_memory(&memory)?;
         text("kernel.cmdline", &config.kernel.cmdline, 0, MAX_CMDLINE - 1)?;
         range("number of disks", config.disks.len() as u64, 0, MAX_DISKS as u64)?;
         range("number of nets", config.nets.len() as u64, 0, MAX_NETS as u64)?;
@@ -266,6 +278,7 @@ impl ValidConfig {
             vcpus: config.vcpus,
             max_vcpus,
             memory_bytes: u64::from(memory.size_mib) << 20,
+            hotplug_bytes: u64::from(hotplug_mib) << 20,
             backing: memory.backing,
             prefault: memory.prefault,
             kernel: fds.take("kernel.image", config.kernel.image)?,
@@ -307,6 +320,23 @@ impl Net {
         let taps = taps.into_iter().map(|tap| fds.take("net.taps", tap)).collect::<Result<_, _>>()?;
         Ok(Net { taps, mac, mtu })
     }
+}
+
+/// How much can be plugged, in MiB.
+fn check_memory(memory: &MemoryConfig) -> Result<u32, ConfigError> {
+    range("memory.size_mib", memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+    let max_mib = memory.max_mib.unwrap_or(memory.size_mib);
+    range("memory.max_mib", max_mib, memory.size_mib, MAX_MEMORY_MIB)?;
+    for (what, value) in [("memory.size_mib", memory.size_mib), ("memory.max_mib", max_mib)] {
+        if !value.is_multiple_of(2) {
+            return Err(ConfigError::OddMemory { what, value });
+        }
+    }
+    let grows = max_mib - memory.size_mib;
+    if grows > 0 && memory.backing == GuestMemoryBacking::Hugetlbfs {
+        return Err(ConfigError::PooledMemory { what: "memory.max_mib" });
+    }
+    Ok(grows)
 }
 
 fn check_vsock(vsock: &VsockConfig) -> Result<(), ConfigError> {

@@ -4,6 +4,7 @@
 //! sets up. Notifications come to the main loop as events and interrupts leave as events, so work takes the lock
 //! uncontended. The file system device has threads of its own and its queues never wake the main loop.
 
+mod blocks;
 mod fs_threads;
 
 use std::io;
@@ -15,6 +16,7 @@ use virtio::console::Console;
 use virtio::device::VirtioDevice;
 use virtio::fs::Fs;
 use virtio::irq::IrqLine;
+use virtio::mem::{Mem, MemConfig};
 use virtio::mmio::{MmioTransport, registers};
 use virtio::net::{Net, Taps};
 use virtio::rng::Rng;
@@ -27,7 +29,7 @@ use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config;
 use crate::event_loop::{EventLoop, Token};
 use crate::kvm::{KickAddress, KvmError, KvmVm};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Hotplug};
 use crate::upcall;
 use crate::vcpu::Ends;
 
@@ -96,6 +98,7 @@ enum Device {
     Fs(Shared<Fs>),
     Console(Shared<Console>),
     Rng(Shared<Rng>),
+    Mem(Shared<Mem>),
 }
 
 /// Does the same with whatever device it is.
@@ -126,8 +129,28 @@ macro_rules! with {
                 let $transport = &mut *lock(shared);
                 $body
             }
+            Device::Mem(shared) => {
+                let $transport = &mut *lock(shared);
+                $body
+            }
         }
     };
+}
+
+/// Devices that are to stand still while a block of memory goes: all but the memory device, which takes it away.
+type Bystanders = Arc<Mutex<Vec<Device>>>;
+
+/// Does `task` while nothing holds a slice of guest memory on behalf of `devices`: their transports are locked, and their
+/// threads wait between two requests. False if one would not in time; then `task` was not done.
+fn while_still(devices: &[Device], task: &mut dyn FnMut()) -> bool {
+    let Some((first, others)) = devices.split_first() else {
+        task();
+        return true;
+    };
+    with!(first, |transport| transport
+        .device_mut()
+        .while_still(|| while_still(others, task))
+        .unwrap_or(false))
 }
 
 fn lock<D: VirtioDevice>(shared: &Shared<D>) -> MutexGuard<'_, MmioTransport<D>> {
@@ -162,6 +185,7 @@ pub struct Devices {
     /// Raised when a driver has reset the socket device.
     status: Arc<EventFd>,
     files: Option<Arc<FileServer>>,
+    bystanders: Bystanders,
 }
 
 impl Devices {
@@ -169,7 +193,7 @@ impl Devices {
     pub fn new(events: &EventLoop) -> io::Result<Self> {
         let status = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         events.add(&*status, Token::DeviceReset)?;
-        Ok(Devices { slots: vec![], status, files: None })
+        Ok(Devices { slots: vec![], status, files: None, bystanders: Bystanders::default() })
     }
 
     /// Adds a disk: the guest's next `vdX`.
@@ -247,6 +271,15 @@ impl Devices {
         self.add(host, "rng", Rng::new(), Device::Rng)
     }
 
+    /// Adds a region of memory that comes and goes.
+    pub fn add_mem(&mut self, host: Host<'_>, hotplug: &Arc<Hotplug>) -> Result<(), DeviceError> {
+        let range = hotplug.range();
+        let config = MemConfig { addr: range.gpa, most: range.most, step: range.step };
+        let backend = blocks::HostBlocks::new(Arc::clone(hotplug), Arc::clone(&self.bystanders));
+        let device = Mem::new(config, Arc::clone(hotplug.blocks()), Box::new(backend));
+        self.add(host, "mem", device, Device::Mem)
+    }
+
     fn add<D: VirtioDevice + 'static>(
         &mut self,
         host: Host<'_>,
@@ -279,7 +312,11 @@ impl Devices {
         let shared = Arc::new(Mutex::new(transport));
         let registers =
             Arc::new(Registers { transport: Arc::clone(&shared), status: Arc::clone(&self.status) });
-        self.slots.push(Slot { name: name.to_owned(), device: kind(shared), registers, gpa, irq });
+        let device = kind(shared);
+        if D::ID != Mem::ID {
+            self.bystanders.lock().expect("nothing panics under this lock").push(device.clone());
+        }
+        self.slots.push(Slot { name: name.to_owned(), device, registers, gpa, irq });
         Ok(())
     }
 
@@ -321,6 +358,14 @@ impl Devices {
     pub fn vsock(&self) -> Option<MutexGuard<'_, MmioTransport<Vsock>>> {
         self.slots.iter().find_map(|slot| match &slot.device {
             Device::Vsock(shared) => Some(lock(shared)),
+            _ => None,
+        })
+    }
+
+    /// The memory that comes and goes, and the address of its registers.
+    pub fn mem(&self) -> Option<(u64, MutexGuard<'_, MmioTransport<Mem>>)> {
+        self.slots.iter().find_map(|slot| match &slot.device {
+            Device::Mem(shared) => Some((slot.gpa, lock(shared))),
             _ => None,
         })
     }

@@ -1,8 +1,8 @@
-//! Guest memory: one mapping of the host, shown to the guest as one or two ranges.
+//! Guest memory: one mapping of the host, shown to the guest as one or two ranges, and one more for what comes and goes.
 //!
 //! ```text
-//! guest   0 ........ 3 GiB | hole for devices | 4 GiB ........
-//! host    [ low range      ][ high range                     ]   one mapping, 2 MiB aligned
+//! guest   0 ........ 3 GiB | hole for devices | 4 GiB ........     ... 2 GiB aligned
+//! host    [ low range      ][ high range                     ]     [ blocks (hotplug)  ]   two mappings, 2 MiB aligned
 //! ```
 //!
 //! Guest and host addresses agree modulo 2 MiB in both ranges. Without that the host's huge pages cannot become the
@@ -11,16 +11,22 @@
 //! All `unsafe` on guest memory that `vm-memory` does not have is here. A mapping is never taken down: KVM, the
 //! devices and their threads refer to it until the process ends.
 
+mod hotplug;
+
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
+pub use hotplug::Hotplug;
 use virtio::GuestMemory;
 use virtio::memory::Region;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestRegionMmap};
 use vmm_api::GuestMemoryBacking;
+
+use crate::arch::x86_64::layout::HotplugRange;
 
 /// Size of a huge page on x86-64, to which ranges are aligned.
 const HUGE_PAGE: usize = 2 << 20;
@@ -108,6 +114,7 @@ pub struct RamRange {
 #[derive(Debug)]
 pub struct GuestRam {
     ranges: Vec<RamRange>,
+    hotplug: Option<Arc<Hotplug>>,
     memory: GuestMemory,
 }
 
@@ -123,7 +130,7 @@ impl GuestRam {
         let mib = total >> 20;
         let len = usize::try_from(total).expect("x86-64 addresses fit usize");
         let host = match backing {
-            GuestMemoryBacking::Anonymous => map_anonymous(len),
+            GuestMemoryBacking::Anonymous => map_aligned(len, libc::PROT_READ | libc::PROT_WRITE),
             GuestMemoryBacking::Hugetlbfs => map_huge(len),
         }
         .map_err(|source| match (backing, source.raw_os_error()) {
@@ -157,22 +164,40 @@ impl GuestRam {
         for &(gpa, len) in ranges {
             let size = usize::try_from(len).expect("x86-64 addresses fit usize");
             placed.push(RamRange { gpa, len, host: at.expose_provenance() });
-            let builder = MmapRegionBuilder::new(size)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE);
             // SAFETY: `at` and the `size` bytes after it lie in the mapping `host`, whose length is the sum of all
             // ranges, and which is never unmapped.
-            let builder = unsafe { builder.with_raw_mmap_pointer(at) };
-            let region = builder.build().expect("the pointer is page aligned");
-            let region = GuestRegionMmap::new(region, GuestAddress(gpa));
-            regions.push(Region::ram(region.expect("guest addresses do not wrap around")));
+            regions.push(Region::ram(unsafe { region_at(at, size, gpa) }));
             at = at.wrapping_add(size);
         }
         let memory = GuestMemory::from_regions(regions).expect("ranges ascend and do not overlap");
-        GuestRam { ranges: placed, memory }
+        GuestRam { ranges: placed, hotplug: None, memory }
     }
 
-    /// The ranges, ascending.
+    /// Adds a region that comes and goes in blocks, above all ranges. None of it is there.
+    pub fn with_hotplug(mut self, range: HotplugRange) -> Result<Self, MemoryError> {
+        let hotplug = Hotplug::map(range)?;
+        let len = usize::try_from(range.len).expect("x86-64 addresses fit usize");
+        let at = std::ptr::with_exposed_provenance_mut(hotplug.host());
+        // SAFETY: all of a mapping that is never unmapped. What of it may be accessed is what `Region` asks its blocks for.
+        let region =
+            Region::in_blocks(unsafe { region_at(at, len, range.gpa) }, Arc::clone(hotplug.blocks()));
+        self.memory =
+            self.memory.insert_region(Arc::new(region)).expect("the layout puts it above all ranges");
+        self.hotplug = Some(Arc::new(hotplug));
+        Ok(self)
+    }
+
+    /// What comes and goes in blocks.
+    pub fn hotplug(&self) -> Option<&Arc<Hotplug>> {
+        self.hotplug.as_ref()
+    }
+
+    /// Bytes that are always there.
+    pub fn boot_bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.len).sum()
+    }
+
+    /// The ranges that are always there, ascending.
     pub fn ranges(&self) -> &[RamRange] {
         &self.ranges
     }
@@ -182,7 +207,7 @@ impl GuestRam {
         &self.memory
     }
 
-    /// Whether all of `[gpa, gpa + len)` is memory.
+    /// Whether all of `[gpa, gpa + len)` is memory that is always there.
     pub fn has(&self, gpa: u64, len: u64) -> bool {
         let Some(end) = gpa.checked_add(len) else { return false };
         self.ranges.iter().any(|r| r.gpa <= gpa && end <= r.gpa + r.len)
@@ -236,7 +261,24 @@ impl Drop for GuestRam {
                 libc::madvise(std::ptr::with_exposed_provenance_mut(range.host), len, libc::MADV_DONTNEED)
             };
         }
+        if let Some(hotplug) = &self.hotplug {
+            hotplug.empty();
+        }
     }
+}
+
+/// The `len` bytes at `at` as guest memory at `gpa`.
+///
+/// # Safety
+/// They are mapped, and stay so until the process ends.
+unsafe fn region_at(at: *mut u8, len: usize, gpa: u64) -> GuestRegionMmap {
+    let builder = MmapRegionBuilder::new(len)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+    // SAFETY: as the caller promises.
+    let builder = unsafe { builder.with_raw_mmap_pointer(at) };
+    let region = builder.build().expect("the pointer is page aligned");
+    GuestRegionMmap::new(region, GuestAddress(gpa)).expect("guest addresses do not wrap around")
 }
 
 struct Mapping {
@@ -257,8 +299,7 @@ impl Mapping {
     }
 }
 
-fn mmap(len: usize, flags: libc::c_int) -> io::Result<NonNull<u8>> {
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
+fn mmap(len: usize, prot: libc::c_int, flags: libc::c_int) -> io::Result<NonNull<u8>> {
     let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
     let host = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
@@ -269,8 +310,8 @@ fn mmap(len: usize, flags: libc::c_int) -> io::Result<NonNull<u8>> {
 }
 
 /// Anonymous memory aligned to a huge page: maps one huge page more than needed and gives back what sticks out.
-fn map_anonymous(len: usize) -> io::Result<NonNull<u8>> {
-    let start = mmap(len + HUGE_PAGE, libc::MAP_NORESERVE)?.as_ptr();
+fn map_aligned(len: usize, prot: libc::c_int) -> io::Result<NonNull<u8>> {
+    let start = mmap(len + HUGE_PAGE, prot, libc::MAP_NORESERVE)?.as_ptr();
     let head = start.align_offset(HUGE_PAGE);
     let host = start.wrapping_add(head);
     for (from, len) in [(start, head), (host.wrapping_add(len), HUGE_PAGE - head)] {
@@ -284,7 +325,7 @@ fn map_anonymous(len: usize) -> io::Result<NonNull<u8>> {
 
 /// Memory of the host's pool of huge pages, reserved at once: too few is an error here, not a signal later.
 fn map_huge(len: usize) -> io::Result<NonNull<u8>> {
-    mmap(len, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)
+    mmap(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)
 }
 
 fn free_huge_pages() -> String {

@@ -166,6 +166,10 @@ mod tests {
             assert!(!enforced(filter, libc::SYS_mmap, &executable));
             assert!(!enforced(filter, libc::SYS_mprotect, &executable));
         }
+        for (advice, allowed) in [(libc::MADV_DONTNEED, true), (libc::MADV_HUGEPAGE, false)] {
+            let args = [0, 4096, u64::from(advice.unsigned_abs())];
+            assert_eq!(enforced(&VMM_ENFORCE, libc::SYS_madvise, &args), allowed);
+        }
         const KVM_RUN: u64 = 0xae80;
         const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
         assert!(enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, KVM_RUN]));

@@ -50,6 +50,9 @@ pub struct Run {
     /// Guest memory in MiB, or with a suffix: 512, 512M, 3G
     #[arg(long, value_name = "SIZE", default_value = "256", value_parser = memory_mib)]
     pub memory: u32,
+    /// Most memory it can be grown to while it runs, as --memory
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    pub max_memory: Option<u32>,
     /// A further disk, FILE or FILE:ro; may be given several times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<String>,
@@ -216,6 +219,7 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
                 false => GuestMemoryBacking::Anonymous,
             },
             prefault: options.prefault,
+            max_mib: options.max_memory,
             ..MemoryConfig::new(options.memory)
         },
         disks,

@@ -93,17 +93,23 @@ pub struct MemoryConfig {
     /// Where its pages come from.
     #[serde(default)]
     pub backing: GuestMemoryBacking,
-    /// Populate all pages before the guest starts.
+    /// Populate all pages before the guest starts. What is plugged later comes at first touch all the same.
     #[serde(default)]
     pub prefault: bool,
+    /// Most memory that the VM can be grown to, in MiB: a multiple of 2, `size_mib` to [`MAX_MEMORY_MIB`]. What is above `size_mib`
+    /// can be plugged and unplugged in blocks of 2 MiB (virtio-mem) while the guest runs; the guest's kernel needs 1.6 % of what it
+    /// is grown by out of what it has. Anonymous memory only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_mib: Option<u32>,
 }
 
 impl MemoryConfig {
     /// `size_mib` of ordinary memory.
     pub fn new(size_mib: u32) -> Self {
-        MemoryConfig { size_mib, backing: GuestMemoryBacking::default(), prefault: false }
+        MemoryConfig { size_mib, backing: GuestMemoryBacking::default(), prefault: false, max_mib: None }
     }
 }
+
 
 /// Where guest pages come from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

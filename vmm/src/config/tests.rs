@@ -64,12 +64,20 @@ fn the_largest_one_fits_into_a_packet() {
 #[test]
 fn each_refusal_has_value_and_limit() {
     type Change = fn(&mut VmConfig);
-    let cases: [(&str, Change); 22] = [
+    let cases: [(&str, Change); 27] = [
         ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
         ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
         ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),
         ("memory.size_mib is 62, must be 64 to 1048576", |c| c.memory.size_mib = 62),
         ("memory.size_mib is 65, must be a multiple of 2", |c| c.memory.size_mib = 65),
+        ("memory.max_mib is 126, must be 128 to 1048576", |c| c.memory.max_mib = Some(126)),
+        ("memory.max_mib is 1048578, must be", |c| c.memory.max_mib = Some((1 << 20) + 2)),
+        ("memory.max_mib is 129, must be a multiple of 2", |c| c.memory.max_mib = Some(129)),
+        ("memory.max_mib is 0, must be", |c| c.memory.max_mib = Some(0)),
+        ("memory.max_mib needs anonymous memory", |c| {
+            c.memory.backing = GuestMemoryBacking::Hugetlbfs;
+            c.memory.max_mib = Some(256);
+        }),
         ("name has 129 bytes, must have 0 to 128", |c| c.name = "n".repeat(129)),
         ("kernel.cmdline has 2048 bytes, must have 0 to 2047", |c| c.kernel.cmdline = "x".repeat(2048)),
         ("kernel.cmdline has 1 bytes and a NUL among them", |c| c.kernel.cmdline = "\0".into()),
@@ -106,6 +114,16 @@ fn each_refusal_has_value_and_limit() {
         let said = refused(change);
         assert!(said.contains(text), "{said:?} does not say {text:?}");
     }
+}
+
+#[test]
+fn the_room_to_grow_is_what_is_above_the_size() {
+    let grows = |max_mib| {
+        let mut config = config();
+        config.memory.max_mib = max_mib;
+        ValidConfig::check(config, fds(1)).unwrap().hotplug_bytes
+    };
+    assert_eq!([None, Some(128), Some(130), Some(4096)].map(grows), [0, 0, 2 << 20, 3968 << 20]);
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub use irq::KickAddress;
 pub use shell::{Coming, Shell};
 pub use vcpu::{Entered, Kicker, KvmVcpu, register_kick_signal};
 
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamRange};
 
 /// A call to KVM failed.
 #[derive(Debug, thiserror::Error)]
@@ -122,10 +122,16 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    /// Shows the guest all of `ram`, one slot for each range. Call it before [`KvmVm::create_irqchip`]. The mappings
-    /// stay for as long as the VM is: `ram` keeps them and never unmaps.
+    /// Shows the guest all of `ram`, one slot for each range and one for what comes and goes, all of which is accessible or not
+    /// within its slot. Call it before [`KvmVm::create_irqchip`]. The mappings stay for as long as the VM is: `ram` keeps
+    /// them and never unmaps.
     pub fn map_ram(&self, ram: &GuestRam) -> Result<(), KvmError> {
-        for (slot, range) in (0u32..).zip(ram.ranges()) {
+        let hotplug = ram.hotplug().map(|hotplug| RamRange {
+            gpa: hotplug.range().gpa,
+            len: hotplug.range().len,
+            host: hotplug.host(),
+        });
+        for (slot, range) in (0u32..).zip(ram.ranges().iter().chain(&hotplug)) {
             let region = kvm_userspace_memory_region {
                 slot,
                 flags: 0,

@@ -142,9 +142,24 @@ fn end_of(exit: &VcpuExit<'_>) -> Option<Ended> {
         }
         // Only without an in-kernel local APIC.
         VcpuExit::Hlt => Some(Ended::Failed("halted with no interrupt controller".to_owned())),
+        VcpuExit::MemoryFault { gpa, .. } => Some(Ended::Failed(no_memory(Some(*gpa)))),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
         other => Some(Ended::Failed(format!("unexpected exit {other:?}"))),
     }
+}
+
+/// What an error of `KVM_RUN` means.
+pub(super) fn run_error(error: &io::Error) -> Ended {
+    Ended::Failed(match error.raw_os_error() {
+        Some(libc::EFAULT) => no_memory(None),
+        _ => format!("KVM_RUN: {error}"),
+    })
+}
+
+/// KVM found nothing behind an address of the guest's memory. Older kernels do not say which address it was.
+fn no_memory(gpa: Option<u64>) -> String {
+    let place = gpa.map(|gpa| format!(" at {gpa:#x}")).unwrap_or_default();
+    format!("the guest touched memory{place} that is not plugged in (or that the host could not give)")
 }
 
 fn system_event(kind: u32) -> Ended {
@@ -183,6 +198,18 @@ mod tests {
             counts.snapshot(),
             [("io_in", 1), ("io_out", 0), ("mmio_read", 0), ("mmio_write", 1), ("other", 2)]
         );
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_said_with_its_address_where_kvm_has_it() {
+        let (around, counts) = (around(), ExitCounts::default());
+        let fault = VcpuExit::MemoryFault { flags: 0, gpa: 0x1_0020_0000, size: 4096 };
+        let Some(Ended::Failed(said)) = answer(fault, &around, &counts) else { panic!("it goes on") };
+        assert!(said.starts_with("the guest touched memory at 0x100200000 that is not plugged in"), "{said}");
+        let Ended::Failed(said) = run_error(&io::Error::from_raw_os_error(libc::EFAULT)) else { panic!() };
+        assert!(said.starts_with("the guest touched memory that is not plugged in"), "{said}");
+        let Ended::Failed(said) = run_error(&io::Error::from_raw_os_error(libc::EIO)) else { panic!() };
+        assert!(said.starts_with("KVM_RUN: "), "{said}");
     }
 
     #[test]

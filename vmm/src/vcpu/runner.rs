@@ -107,8 +107,7 @@ impl Runner {
                     Wanted::Finish => return Phase::Finished,
                 },
                 Err(source) => {
-                    let detail = format!("KVM_RUN: {source}");
-                    self.around.ends.report(self.describe(vcpu, exits::Ended::Failed(detail)));
+                    self.around.ends.report(self.describe(vcpu, exits::run_error(&source)));
                     return Phase::Finished;
                 }
             }

@@ -73,7 +73,10 @@ pub fn build(
     config: ValidConfig,
     made: impl FnOnce(),
 ) -> Result<Vm, VmError> {
-    let ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
+    let mut ram = GuestRam::map(&layout::ram_ranges(config.memory_bytes), config.backing, config.prefault)?;
+    if config.hotplug_bytes > 0 {
+        ram = ram.with_hotplug(layout::hotplug_range(config.memory_bytes, config.hotplug_bytes))?;
+    }
     // While the host makes the VM.
     let loaded = load(&ram, &config);
     // A host without KVM is the first thing to put right.
@@ -110,6 +113,9 @@ pub fn build(
     }
     if config.rng {
         devices.add_rng(place)?;
+    }
+    if let Some(hotplug) = ram.hotplug() {
+        devices.add_mem(place, hotplug)?;
     }
     kvm::register_kick_signal().map_err(host("register the vCPU kick signal"))?;
     Ok(Vm {

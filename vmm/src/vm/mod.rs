@@ -27,6 +27,9 @@ use builder::VmError;
 use resize::Resizer;
 use vmm_api::config::MAX_DISKS;
 
+/// What makes Linux give plugged memory back dependably: it keeps nothing there that cannot be moved.
+const MEMORY_ONLINE_POLICY: &str = "memhp_default_state=online_movable";
+
 /// A VM that has been configured.
 #[derive(Debug)]
 pub struct Vm {
@@ -51,12 +54,17 @@ impl Vm {
     /// Writes what the kernel finds in memory, and starts the vCPU threads, parked. From here on no device is added.
     pub fn prepare(&mut self) -> Result<(), VmError> {
         let (count, max) = (self.made.len(), self.resizer.possible().len());
-        let cmdline = match count < usize::from(max) {
+        let mut words = Vec::new();
+        if count < usize::from(max) {
             // The MP table lists all that can be, as a kernel cannot learn of more; those above wait to be onlined.
-            true => format!("maxcpus={count} {}", self.cmdline),
-            false => self.cmdline.clone(),
-        };
-        let cmdline = cmdline_with_devices(&cmdline, &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
+            words.push(format!("maxcpus={count}"));
+        }
+        if self.ram.hotplug().is_some() {
+            words.push(MEMORY_ONLINE_POLICY.to_owned());
+        }
+        // First, as the kernel takes the last of two.
+        words.push(self.cmdline.clone());
+        let cmdline = cmdline_with_devices(&words.join(" "), &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
         log::debug!("kernel command line: {cmdline}");
         boot::write_tables(&self.ram, &self.kernel, &cmdline, self.initrd);
         let (signature, features) = self.answers.signature();

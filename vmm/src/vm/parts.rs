@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use vmm_api::{Size, Stats};
 
 use super::Vm;
-use super::resize::{Answer, Asked, Machine, MemoryState, Resizer};
+use super::resize::{Answer, Asked, Machine, MemoryState, Resizer, mib};
 use crate::devices::Devices;
 use crate::event_loop::{EventLoop, Token};
 use crate::upcall::{Ask, Channel, Happened};
@@ -42,11 +42,20 @@ impl Machine for Parts<'_> {
     }
 
     fn memory(&self) -> Option<MemoryState> {
-        None
+        let (base, transport) = self.devices.mem()?;
+        let mem = transport.device();
+        Some(MemoryState {
+            base,
+            requested: mem.requested(),
+            plugged: mem.plugged(),
+            seen: mem.seen(),
+        })
     }
 
-    fn request_memory(&mut self, _bytes: u64) -> Result<(), String> {
-        Err("this VM was configured without memory to grow into".to_owned())
+    fn request_memory(&mut self, bytes: u64) -> Result<(), String> {
+        let (_, mut transport) =
+            self.devices.mem().ok_or("this VM was configured without memory to grow into")?;
+        transport.device_mut().set_requested(bytes).map_err(|error| error.to_string())
     }
 }
 
@@ -119,20 +128,24 @@ impl Vm {
 
     /// Memory at boot and at most, in MiB.
     pub fn memory_limits_mib(&self) -> (u32, u32) {
-        let boot = self.ram.ranges().iter().map(|range| range.len).sum::<u64>();
-        let boot = u32::try_from(boot >> 20).unwrap_or(u32::MAX);
-        (boot, boot)
+        let boot = self.ram.boot_bytes();
+        let more = self.devices.mem().map_or(0, |(_, transport)| transport.device().most());
+        (mib(boot), mib(boot + more))
     }
 
     /// Says how large it is, and what its resizes did.
     pub fn describe_size(&self, stats: &mut Stats) {
-        let (boot, max) = self.memory_limits_mib();
+        let (_, max) = self.memory_limits_mib();
+        let boot = self.ram.boot_bytes();
+        let memory = self.devices.mem().map(|(_, transport)| transport);
+        let (asked, plugged) =
+            memory.map_or((0, 0), |mem| (mem.device().requested(), mem.device().plugged()));
         stats.size = Some(Size {
             vcpus_asked: u8::try_from(self.resizer.vcpus_asked()).unwrap_or(u8::MAX),
             vcpus: self.resizer.online().map(CpuSet::len),
             vcpus_max: self.resizer.possible().len(),
-            memory_asked_mib: boot,
-            memory_mib: boot,
+            memory_asked_mib: mib(boot + asked),
+            memory_mib: mib(boot + plugged),
             memory_max_mib: max,
             upcall: self.channel.hello().is_some(),
         });

@@ -15,6 +15,7 @@
 //! 0xfec0_0000  IOAPIC      0xfee0_0000  local APIC
 //! 0xfffb_d000  task state segment KVM wants on Intel, 3 pages
 //! 1_0000_0000  memory above 4 GiB
+//!      …       what comes and goes in blocks (virtio-mem), at the next multiple of 2 GiB: in no memory map
 //! ```
 
 /// Descriptor table for the 64-bit entry.
@@ -77,6 +78,35 @@ pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// Largest memory block of Linux on x86-64, the unit in which it takes and gives memory (`arch/x86/mm/init_64.c`).
+const MAX_MEMORY_BLOCK: u64 = 2 << 30;
+/// Its memory blocks while boot memory ends below [`LARGE_MEMORY`].
+const MEMORY_BLOCK: u64 = 128 << 20;
+/// From here on they are as large as divides the end of boot memory.
+const LARGE_MEMORY: u64 = 64 << 30;
+
+/// Where memory comes and goes in blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HotplugRange {
+    /// First guest physical address, a multiple of 2 GiB.
+    pub gpa: u64,
+    /// Length in bytes, a multiple of `step`.
+    pub len: u64,
+    /// Most of it that may be there at a time, in bytes.
+    pub most: u64,
+    /// Bytes of the guest's own memory blocks, or a multiple of that.
+    pub step: u64,
+}
+
+/// Room for `most` bytes, not zero, beside `boot` bytes of memory: above all of it, in whole memory blocks of the guest, as it has
+/// no use for a part of one.
+pub fn hotplug_range(boot: u64, most: u64) -> HotplugRange {
+    let end = ram_ranges(boot).last().map_or(0, |(gpa, len)| gpa + len);
+    let gpa = end.max(HOLE_END).next_multiple_of(MAX_MEMORY_BLOCK);
+    let step = if end < LARGE_MEMORY { MEMORY_BLOCK } else { MAX_MEMORY_BLOCK };
+    HotplugRange { gpa, len: most.next_multiple_of(step), most, step }
+}
+
 /// What the memory map tells a kernel it may use: `(first address, length)`, ascending.
 pub fn usable_ranges(ram: &[crate::memory::RamRange]) -> Vec<(u64, u64)> {
     let low = ram[0].len;
@@ -129,6 +159,17 @@ mod tests {
             usable_ranges(&ram),
             [(0, MP_TABLE), (HIGH_MEMORY, HOLE - HIGH_MEMORY), (HOLE_END, 5 << 30)]
         );
+    }
+
+    #[test]
+    fn what_comes_and_goes_lies_above_all_memory_in_whole_blocks_of_the_guest() {
+        const GIB: u64 = 1 << 30;
+        let range = |gpa, len, most, step| HotplugRange { gpa, len, most, step };
+        assert_eq!(hotplug_range(256 << 20, 300 << 20), range(4 * GIB, 384 << 20, 300 << 20, 128 << 20));
+        assert_eq!(hotplug_range(3 * GIB, GIB), range(4 * GIB, GIB, GIB, 128 << 20));
+        assert_eq!(hotplug_range(4 * GIB, GIB), range(6 * GIB, GIB, GIB, 128 << 20));
+        assert_eq!(hotplug_range(63 * GIB - 1, GIB).step, 128 << 20);
+        assert_eq!(hotplug_range(63 * GIB, GIB), range(64 * GIB, 2 * GIB, GIB, 2 * GIB));
     }
 
     #[test]

@@ -114,6 +114,6 @@ pub struct Answer {
 }
 
 /// As the owner counts: MiB of memory in all.
-fn mib(bytes: u64) -> u32 {
+pub(super) fn mib(bytes: u64) -> u32 {
     u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
 }
