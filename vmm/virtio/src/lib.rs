@@ -6,6 +6,7 @@
 //! Everything a guest writes is checked at the door ([`queue`]); a device answers nonsense with a status, a
 //! counter and a rate-limited line, never with a panic.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;

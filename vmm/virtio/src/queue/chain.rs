@@ -61,6 +61,11 @@ impl<'m> Chain<'m> {
         (Reader::new(self.readable), Writer::new(self.writable))
     }
 
+    /// The writable part, for a device to which the buffers are what matters and not what they hold.
+    pub fn writable(&self) -> &[VolatileSlice<'m>] {
+        &self.writable
+    }
+
     /// The writable part alone.
     pub(super) fn into_writable(self) -> Vec<VolatileSlice<'m>> {
         self.writable
