@@ -199,6 +199,8 @@ pub struct ValidConfig {
     pub vsock: Option<VsockConfig>,
     /// Entropy.
     pub rng: bool,
+    /// Balloon.
+    pub balloon: bool,
     /// File share.
     pub fs: Option<vmm_api::FsConfig>,
     /// Console.
@@ -253,6 +255,9 @@ impl ValidConfig {
         range("max_vcpus", max_vcpus, config.vcpus, MAX_VCPUS)?;
         let memory = config.memory;
         let hotplug_mib = check_memory(&memory)?;
+        if config.balloon && memory.backing == GuestMemoryBacking::Hugetlbfs {
+            return Err(ConfigError::PooledMemory { what: "balloon" });
+        }
         text("kernel.cmdline", &config.kernel.cmdline, 0, MAX_CMDLINE - 1)?;
         range("number of disks", config.disks.len() as u64, 0, MAX_DISKS as u64)?;
         range("number of nets", config.nets.len() as u64, 0, MAX_NETS as u64)?;
@@ -289,6 +294,7 @@ impl ValidConfig {
             nets: config.nets.into_iter().map(|n| Net::take(n, &mut fds)).collect::<Result<_, _>>()?,
             vsock: config.vsock,
             rng: config.rng,
+            balloon: config.balloon,
             fs: config.fs,
             console,
             serial,

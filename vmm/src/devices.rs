@@ -11,6 +11,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use imagefs::{FileServer, Limits};
+use virtio::balloon::Balloon;
 use virtio::blk::{self, Blk};
 use virtio::console::Console;
 use virtio::device::VirtioDevice;
@@ -29,7 +30,7 @@ use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config;
 use crate::event_loop::{EventLoop, Token};
 use crate::kvm::{KickAddress, KvmError, KvmVm};
-use crate::memory::{GuestRam, Hotplug};
+use crate::memory::{GivesBack, GuestRam, Hotplug};
 use crate::upcall;
 use crate::vcpu::Ends;
 
@@ -98,6 +99,7 @@ enum Device {
     Fs(Shared<Fs>),
     Console(Shared<Console>),
     Rng(Shared<Rng>),
+    Balloon(Shared<Balloon>),
     Mem(Shared<Mem>),
 }
 
@@ -126,6 +128,10 @@ macro_rules! with {
                 $body
             }
             Device::Rng(shared) => {
+                let $transport = &mut *lock(shared);
+                $body
+            }
+            Device::Balloon(shared) => {
                 let $transport = &mut *lock(shared);
                 $body
             }
@@ -271,6 +277,11 @@ impl Devices {
         self.add(host, "rng", Rng::new(), Device::Rng)
     }
 
+    /// Adds a balloon.
+    pub fn add_balloon(&mut self, host: Host<'_>) -> Result<(), DeviceError> {
+        self.add(host, "balloon", Balloon::new(Box::new(GivesBack)), Device::Balloon)
+    }
+
     /// Adds a region of memory that comes and goes.
     pub fn add_mem(&mut self, host: Host<'_>, hotplug: &Arc<Hotplug>) -> Result<(), DeviceError> {
         let range = hotplug.range();
@@ -366,6 +377,14 @@ impl Devices {
     pub fn mem(&self) -> Option<(u64, MutexGuard<'_, MmioTransport<Mem>>)> {
         self.slots.iter().find_map(|slot| match &slot.device {
             Device::Mem(shared) => Some((slot.gpa, lock(shared))),
+            _ => None,
+        })
+    }
+
+    /// The balloon.
+    pub fn balloon(&self) -> Option<MutexGuard<'_, MmioTransport<Balloon>>> {
+        self.slots.iter().find_map(|slot| match &slot.device {
+            Device::Balloon(shared) => Some(lock(shared)),
             _ => None,
         })
     }

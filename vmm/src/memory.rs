@@ -21,9 +21,10 @@ use std::sync::Arc;
 
 pub use hotplug::Hotplug;
 use virtio::GuestMemory;
+use virtio::balloon::BalloonBackend;
 use virtio::memory::Region;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemory as _, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestRegionMmap, VolatileSlice};
 use vmm_api::GuestMemoryBacking;
 
 use crate::arch::x86_64::layout::HotplugRange;
@@ -281,6 +282,21 @@ unsafe fn region_at(at: *mut u8, len: usize, gpa: u64) -> GuestRegionMmap {
     GuestRegionMmap::new(region, GuestAddress(gpa)).expect("guest addresses do not wrap around")
 }
 
+/// What the balloon does with pages that a guest does without.
+#[derive(Debug)]
+pub struct GivesBack;
+
+impl BalloonBackend for GivesBack {
+    fn give_back(&mut self, pages: &VolatileSlice<'_>) -> io::Result<()> {
+        let guard = pages.ptr_guard_mut();
+        // SAFETY: a slice of guest memory, which is mapped: the device took it just now, and blocks go only between two
+        // calls of devices. The pages read as zeros afterwards, as the guest might have written: nobody holds a
+        // reference into them.
+        let result = unsafe { libc::madvise(guard.as_ptr().cast(), pages.len(), libc::MADV_DONTNEED) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 struct Mapping {
     host: NonNull<u8>,
     len: usize,
@@ -385,6 +401,24 @@ mod tests {
             outside.to_string(),
             "test file needs guest memory from 0x3fffffc to 0x4000006, where there is none"
         );
+    }
+
+    #[test]
+    fn pages_that_are_given_back_are_the_hosts_and_read_as_zeros() {
+        let ram = GuestRam::map(&[(0, 4 * MIB)], GuestMemoryBacking::Anonymous, true).unwrap();
+        let resident = || {
+            let host = std::ptr::with_exposed_provenance_mut(ram.ranges()[0].host);
+            let mut pages = [0_u8; 1024];
+            // SAFETY: one byte for each page of a mapping of 1,024.
+            assert_eq!(unsafe { libc::mincore(host, 4 << 20, pages.as_mut_ptr()) }, 0);
+            pages.iter().filter(|page| **page & 1 == 1).count()
+        };
+        ram.memory().write_slice(&[7; 4096 * 3], GuestAddress(0x20_0000)).unwrap();
+        assert_eq!(resident(), 1024);
+        GivesBack.give_back(&ram.memory().get_slice(GuestAddress(0x20_1000), 2 << 20 >> 1).unwrap()).unwrap();
+        assert_eq!(resident(), 768);
+        let byte = |gpa| ram.memory().read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        assert_eq!((byte(0x20_0fff), byte(0x20_1000), byte(0x20_2000)), (7, 0, 0));
     }
 
     #[test]

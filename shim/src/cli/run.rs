@@ -53,6 +53,9 @@ pub struct Run {
     /// Most memory it can be grown to while it runs, as --memory
     #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
     pub max_memory: Option<u32>,
+    /// Let the guest give free memory back by itself (balloon with free page reporting)
+    #[arg(long)]
+    pub balloon: bool,
     /// A further disk, FILE or FILE:ro; may be given several times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<String>,
@@ -226,6 +229,7 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
         // Our own image dials these; the connections are held, and another image does not notice.
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         rng: true,
+        balloon: options.balloon,
         console,
         serial,
         ..VmConfig::new(options.memory, kernel)

@@ -327,6 +327,7 @@ fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
         // The guest's generator is ready before its first driver where the processor feeds it, and the agent's
         // set-up seeds it from the host's: the device would be 56 exits and two kernel threads for nothing.
         rng: !std::arch::is_x86_feature_detected!("rdrand"),
+        balloon: false,
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
         nets: net_configs(&network.devices),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),

@@ -51,6 +51,8 @@ pub struct GuestSpec {
     pub cmdline: &'static str,
     /// Ports of the host that the guest may dial.
     pub ports: Vec<u32>,
+    /// A balloon, with free page reporting.
+    pub balloon: bool,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
     pub script: String,
     /// Programs of this machine to find in the guest's `/bin`.
@@ -71,6 +73,7 @@ impl Default for GuestSpec {
             share: None,
             cmdline: "",
             ports: vec![1024],
+            balloon: false,
             script: String::new(),
             programs: Vec::new(),
         }
@@ -160,6 +163,7 @@ impl GuestSpec {
             nets,
             vsock: Some(VsockConfig { cid: 3, ports: self.ports }),
             rng: true,
+            balloon: self.balloon,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
             console: Some(ConsoleConfig { output, input: typed }),
             ..VmConfig::new(0, kernel)

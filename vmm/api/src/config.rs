@@ -52,6 +52,9 @@ pub struct VmConfig {
     /// A source of entropy for the guest.
     #[serde(default)]
     pub rng: bool,
+    /// A balloon: the guest gives free pages back by itself (free page reporting). Anonymous memory only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// Host directories in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fs: Option<FsConfig>,
@@ -77,6 +80,7 @@ impl VmConfig {
             nets: vec![],
             vsock: None,
             rng: false,
+            balloon: false,
             fs: None,
             console: None,
             serial: None,

@@ -64,7 +64,7 @@ fn the_largest_one_fits_into_a_packet() {
 #[test]
 fn each_refusal_has_value_and_limit() {
     type Change = fn(&mut VmConfig);
-    let cases: [(&str, Change); 27] = [
+    let cases: [(&str, Change); 28] = [
         ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
         ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
         ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),
@@ -77,6 +77,10 @@ fn each_refusal_has_value_and_limit() {
         ("memory.max_mib needs anonymous memory", |c| {
             c.memory.backing = GuestMemoryBacking::Hugetlbfs;
             c.memory.max_mib = Some(256);
+        }),
+        ("balloon needs anonymous memory", |c| {
+            c.memory.backing = GuestMemoryBacking::Hugetlbfs;
+            c.balloon = true;
         }),
         ("name has 129 bytes, must have 0 to 128", |c| c.name = "n".repeat(129)),
         ("kernel.cmdline has 2048 bytes, must have 0 to 2047", |c| c.kernel.cmdline = "x".repeat(2048)),

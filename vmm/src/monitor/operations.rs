@@ -185,6 +185,10 @@ impl Monitor {
             stats.devices.insert(name.to_owned(), counters);
         }
         vm.describe_size(&mut stats);
+        // What the guest's kernel says of its memory is there by the next time.
+        if let Some(mut balloon) = vm.devices().balloon() {
+            balloon.device_mut().request_statistics();
+        }
         stats
     }
 }

@@ -114,6 +114,9 @@ pub fn build(
     if config.rng {
         devices.add_rng(place)?;
     }
+    if config.balloon {
+        devices.add_balloon(place)?;
+    }
     if let Some(hotplug) = ram.hotplug() {
         devices.add_mem(place, hotplug)?;
     }
