@@ -2,13 +2,11 @@
 #![cfg(feature = "lab")]
 
 use std::fs;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use e2e::vm::{Guest, GuestSpec};
-use vmm_api::config::MEMORY_ONLINE_POLICY;
-use vmm_api::{MemoryConfig, Op};
+use vmm_api::{Ending, MemoryConfig, Op, Reply, Resized};
 
 const MIB: u64 = 1 << 20;
 /// How long a guest in an emulated machine may take over a few GiB.
@@ -20,37 +18,26 @@ const TOOLS: &str = "mem() { awk '/^MemTotal/ {print $2}' /proc/meminfo; }\n\
 
 fn growable(size_mib: u32, max_mib: u32, script: &str) -> GuestSpec {
     GuestSpec {
-        memory: MemoryConfig {
-            max_mib: Some(max_mib),
-            size_mib,
-            backing: Default::default(),
-            prefault: false,
-        },
-        cmdline: MEMORY_ONLINE_POLICY.into(),
+        memory: MemoryConfig { max_mib: Some(max_mib), ..MemoryConfig::new(size_mib) },
         script: format!("{TOOLS}{script}\n"),
         ..GuestSpec::default()
     }
 }
 
-/// Asks for so much memory in all, and waits until the guest has plugged or unplugged all it was asked for.
-fn resize(guest: &mut Guest, boot_mib: u32, mib: u32) -> Result<Duration> {
-    let start = Instant::now();
-    guest.call(Op::SetMemory { mib })?;
-    let wanted = u64::from(mib - boot_mib) * MIB;
-    loop {
-        let plugged = mem(guest, "plugged_bytes")?;
-        if plugged == wanted {
-            return Ok(start.elapsed());
-        }
-        if start.elapsed() > PATIENCE {
-            bail!("{} of {} MiB are plugged", plugged / MIB, wanted / MIB);
-        }
-        sleep(Duration::from_millis(20));
+fn ask(guest: &mut Guest, mib: u32) -> Result<Resized> {
+    let op = Op::Resize { vcpus: None, memory_mib: Some(mib), timeout_ms: 200_000 };
+    match guest.client().call(op, &[], PATIENCE)? {
+        (Reply::Resized(resized), _) => Ok(resized),
+        other => bail!("resize answered {other:?}"),
     }
 }
 
-fn mem(guest: &mut Guest, counter: &str) -> Result<u64> {
-    Ok(guest.stats()?.devices["mem"][counter])
+/// Resizes the guest's memory to so much in all.
+fn resize(guest: &mut Guest, mib: u32) -> Result<Duration> {
+    let start = Instant::now();
+    let resized = ask(guest, mib)?;
+    ensure!(resized.ending == Ending::Done, "{resized}");
+    Ok(start.elapsed())
 }
 
 /// Anonymous memory of the VMM that the host holds, in bytes.
@@ -77,14 +64,15 @@ fn a_vm_grows_by_gibibytes_and_gives_them_back_and_what_stays_is_intact() -> Res
     let mut guest = growable(256, 4096, script).boot()?;
     guest.wait_for_line("readiness", |line| line == "ready")?;
     let small = resident(&guest)?;
-    let grown = resize(&mut guest, 256, 4096)?;
+    let grown = resize(&mut guest, 4096)?;
     guest.wait_for_line("use", |line| line == "used")?;
     let used = resident(&guest)?;
     assert!(used > small + 2624 * MIB, "{used} bytes resident after {small}");
     // A first step, with nearly all of it in use: what can be had is had.
-    guest.call(Op::SetMemory { mib: 3584 })?;
+    let partial = ask(&mut guest, 512)?;
+    assert_eq!(partial.ending, Ending::Partial, "{partial}");
     guest.wait_for_line("the guest's end of the use", |line| line == "freed")?;
-    let shrunk = resize(&mut guest, 256, 512)?;
+    let shrunk = resize(&mut guest, 512)?;
     let output = guest.script()?;
     let left = resident(&guest);
     let stats = guest.stats();

@@ -114,7 +114,6 @@ impl MemoryConfig {
     }
 }
 
-
 /// Where guest pages come from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -64,7 +64,8 @@ impl Vm {
         }
         // First, as the kernel takes the last of two.
         words.push(self.cmdline.clone());
-        let cmdline = cmdline_with_devices(&words.join(" "), &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
+        let cmdline =
+            cmdline_with_devices(&words.join(" "), &self.devices.places(), layout::VIRTIO_MMIO_SIZE)?;
         log::debug!("kernel command line: {cmdline}");
         boot::write_tables(&self.ram, &self.kernel, &cmdline, self.initrd);
         let (signature, features) = self.answers.signature();

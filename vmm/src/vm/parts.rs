@@ -44,12 +44,7 @@ impl Machine for Parts<'_> {
     fn memory(&self) -> Option<MemoryState> {
         let (base, transport) = self.devices.mem()?;
         let mem = transport.device();
-        Some(MemoryState {
-            base,
-            requested: mem.requested(),
-            plugged: mem.plugged(),
-            seen: mem.seen(),
-        })
+        Some(MemoryState { base, requested: mem.requested(), plugged: mem.plugged(), seen: mem.seen() })
     }
 
     fn request_memory(&mut self, bytes: u64) -> Result<(), String> {

@@ -24,11 +24,21 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Open {
     Query,
-    Cpus { before: CpuSet, wanted: CpuSet },
+    Cpus {
+        before: CpuSet,
+        wanted: CpuSet,
+    },
     /// `seen`: the driver had looked at the device when it was asked, so that the answer is about what it saw.
-    Memory { before: u64, seen: bool, pause: Duration },
+    Memory {
+        before: u64,
+        seen: bool,
+        pause: Duration,
+    },
     /// Nothing, for a while.
-    Pause { before: u64, pause: Duration },
+    Pause {
+        before: u64,
+        pause: Duration,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
