@@ -27,7 +27,7 @@ fn resize(guest: &mut Guest, op: Op) -> Result<Resized> {
 /// Resizes and checks that all was reached, by the VMM and as the guest sees itself.
 fn resize_whole(guest: &mut Guest, wanted: Vcpus, online: &str) -> Result<()> {
     let resized = resize(guest, vcpus(wanted))?;
-    ensure!(resized.ending == Ending::Done, "{resized}");
+    ensure!(resized.ending == Ending::Done, "{resized}; the guest: {}", guest.ask("dmesg | tail -n 20")?);
     is_online(guest, online)
 }
 

@@ -52,6 +52,14 @@ impl KvmVcpu {
         }
     }
 
+    /// Lets interrupts find a vCPU that is made while others run. KVM looks receivers up in a map by APIC id, which it draws
+    /// anew as a vCPU's APIC is reset: that is before the vCPU is one of the VM's. Setting the APIC's state, to what it is,
+    /// has it draw the map once more; else the INIT that is to wake the vCPU may get lost.
+    pub fn announce(&self) -> Result<(), KvmError> {
+        let lapic = self.fd.get_lapic().named("KVM_GET_LAPIC")?;
+        self.fd.set_lapic(&lapic).named("KVM_SET_LAPIC")
+    }
+
     /// Segment, control and descriptor-table registers.
     pub fn sregs(&self) -> Result<kvm_sregs, KvmError> {
         self.fd.get_sregs().named("KVM_GET_SREGS")

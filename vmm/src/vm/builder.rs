@@ -162,7 +162,11 @@ fn create_vcpu(vm: &KvmVm, answers: &Answers, index: u8) -> Result<KvmVcpu, KvmE
 /// Makes the vCPUs that come later.
 pub(super) fn vcpu_maker(vm: &Arc<KvmVm>, answers: &Arc<Answers>) -> Maker {
     let (vm, answers) = (Arc::clone(vm), Arc::clone(answers));
-    Maker(Arc::new(move |index| create_vcpu(&vm, &answers, index)))
+    Maker(Arc::new(move |index| {
+        let vcpu = create_vcpu(&vm, &answers, index)?;
+        vcpu.announce()?;
+        Ok(vcpu)
+    }))
 }
 
 /// Puts the boot CPU at the kernel's entry. The others stay as reset left them, waiting for INIT and SIPI.
