@@ -10,6 +10,7 @@ pub mod containerd;
 pub mod netns;
 pub mod small_fs;
 pub mod tap;
+pub mod tiny;
 pub mod vm;
 
 pub use census::Census;

@@ -281,6 +281,7 @@ mod tests {
         assert!(hotplug.plug(&(next..next + 1)).unwrap_err().to_string().contains("16384 runs"));
         // One that would be cut in two.
         hotplug.blocks.set(next..next + 1, true);
-        assert!(hotplug.unplug(&[4..5]).is_err());
+        let run = 4..5;
+        assert!(hotplug.unplug(std::slice::from_ref(&run)).is_err());
     }
 }

@@ -1,3 +1,5 @@
+#![allow(clippy::single_range_in_vec_init, reason = "runs of blocks are ranges, and one is a run, too")]
+
 use std::io;
 use std::sync::Mutex;
 
