@@ -142,7 +142,7 @@ fn config(input: &mut Input<'_>) -> Value {
     if input.u8() & 1 == 1 {
         config.insert("max_vcpus".into(), number(input));
     }
-    config.insert("memory".into(), json!({ "size_mib": number(input), "prefault": input.u8() & 1 == 1 }));
+    config.insert("memory".into(), json!({ "size_mib": number(input), "prefault": input.u8() & 1 == 1, "max_mib": number(input) }));
     config.insert("kernel".into(), json!({ "image": number(input), "cmdline": text(input) }));
     let parts = input.u8();
     if parts & 1 != 0 {
