@@ -27,8 +27,9 @@ use builder::VmError;
 use resize::Resizer;
 use vmm_api::config::MAX_DISKS;
 
-/// What makes Linux give plugged memory back dependably: it keeps nothing there that cannot be moved.
-const MEMORY_ONLINE_POLICY: &str = "memhp_default_state=online_movable";
+/// What the guest's command line says of plugged memory: three quarters of it hold only what can be moved, and so can be
+/// had back; a quarter is the kernel's, which needs the more of it the more there is. `docs/memory.md` has the figures.
+const MEMORY_ONLINE_POLICY: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// A VM that has been configured.
 #[derive(Debug)]
