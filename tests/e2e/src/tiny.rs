@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use anyhow::Result;
-use vmm_api::{FdIndex, KernelConfig, MemoryConfig, PROTOCOL_VERSION, VmConfig};
+use vmm_api::{FdIndex, KernelConfig, VmConfig};
 
 /// `mov al, 0xfe; out 0x64, al; hlt; jmp $-1`: the keyboard controller's reset.
 pub const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
@@ -15,21 +15,8 @@ const ENTRY: u32 = 0x100_0000;
 
 /// One vCPU, 64 MiB, the kernel as descriptor 0, and no device.
 pub fn config() -> VmConfig {
-    VmConfig {
-        version: PROTOCOL_VERSION,
-        name: "tiny".into(),
-        vcpus: 1,
-        memory: MemoryConfig { size_mib: 64, backing: Default::default(), prefault: false, max_mib: None },
-        kernel: KernelConfig { image: FdIndex(0), initrd: None, cmdline: String::new(), pvh: true },
-        disks: vec![],
-        nets: vec![],
-        vsock: None,
-        rng: false,
-        balloon: false,
-        fs: None,
-        console: None,
-        serial: None,
-    }
+    let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline: String::new(), pvh: true };
+    VmConfig { name: "tiny".into(), ..VmConfig::new(64, kernel) }
 }
 
 /// An ELF kernel that is nothing but `code`, entered in 32-bit mode, without paging, at its first byte.

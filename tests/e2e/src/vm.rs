@@ -81,7 +81,7 @@ impl Default for GuestSpec {
 }
 
 /// A script that does what [`Guest::ask`] says.
-pub const SHELL: &str = "stty -echo; while read -r line; do eval \"$line\"; done";
+pub const SHELL: &str = "stty -echo; echo listening; while read -r line; do eval \"$line\"; done";
 
 /// A running microVM.
 #[derive(Debug)]
@@ -235,6 +235,10 @@ impl Guest {
 
     /// Has the guest's shell carry out `command`; what it printed. For guests whose script is [`SHELL`].
     pub fn ask(&mut self, command: &str) -> Result<String> {
+        if self.asked == 0 {
+            // What comes before somebody reads is lost.
+            self.wait_for_line("shell", |line| line == "listening")?;
+        }
         self.asked += 1;
         let end = format!("asked {}", self.asked);
         self.seen.clear();

@@ -9,14 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use e2e::tiny::{self, RESET};
 use e2e::vm::{Guest, GuestSpec};
-use vmm_api::config::MEMORY_ONLINE_POLICY;
-use vmm_api::{ExitReason, MemoryConfig, Op};
+use vmm_api::{Ending, ExitReason, MemoryConfig, Op, Reply, Resized};
 
 const MIB: u64 = 1 << 20;
 /// How long a guest in an emulated machine may take over a few GiB.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// A guest that has not moved for so long will not.
-const STILL: Duration = Duration::from_secs(6);
 
 /// `mem` says `MemTotal` in KiB, `until_mem OPERATOR KIB` waits for it.
 const TOOLS: &str = "mem() { awk '/^MemTotal/ {print $2}' /proc/meminfo; }\n\
@@ -24,46 +21,28 @@ const TOOLS: &str = "mem() { awk '/^MemTotal/ {print $2}' /proc/meminfo; }\n\
 
 fn growable(size_mib: u32, max_mib: u32, script: &str) -> GuestSpec {
     GuestSpec {
-        memory: MemoryConfig {
-            max_mib: Some(max_mib),
-            size_mib,
-            backing: Default::default(),
-            prefault: false,
-        },
-        cmdline: MEMORY_ONLINE_POLICY.into(),
+        memory: MemoryConfig { max_mib: Some(max_mib), ..MemoryConfig::new(size_mib) },
         script: format!("{TOOLS}{script}\n"),
         ..GuestSpec::default()
     }
 }
 
-/// Asks for so much memory in all and waits until the guest has it, or has stopped trying; what is plugged then, in
-/// bytes, and how long that took. Asks again where nothing moves: Linux waits for 50 s by itself after it found a page busy.
-fn ask(guest: &mut Guest, boot_mib: u32, mib: u32) -> Result<(u64, Duration)> {
+/// Asks for so much memory in all; what came of it, and how long that took.
+fn ask(guest: &mut Guest, mib: u32) -> Result<(Resized, Duration)> {
     let start = Instant::now();
-    guest.call(Op::SetMemory { mib })?;
-    let wanted = u64::from(mib - boot_mib) * MIB;
-    let (mut last, mut since, mut asked) = (u64::MAX, start, start);
-    loop {
-        let plugged = mem(guest, "plugged_bytes")?;
-        if plugged != last {
-            (last, since) = (plugged, Instant::now());
-        }
-        if since.elapsed().min(asked.elapsed()) > Duration::from_millis(500) {
-            guest.call(Op::SetMemory { mib })?;
-            asked = Instant::now();
-        }
-        if plugged == wanted || since.elapsed() > STILL || start.elapsed() > PATIENCE {
-            return Ok((plugged, since - start));
-        }
-        sleep(Duration::from_millis(10));
-    }
+    let op = Op::Resize { vcpus: None, memory_mib: Some(mib), timeout_ms: 200_000 };
+    let (Reply::Resized(resized), _) = guest.client().call(op, &[], PATIENCE)? else { bail!("no resize") };
+    // The answer is what the device counts.
+    let size = guest.stats()?.size.context("no size")?;
+    let reached = resized.memory_mib.and_then(|memory| memory.reached);
+    ensure!(reached == Some(size.memory_mib), "{resized}, of {size:?}");
+    Ok((resized, start.elapsed()))
 }
 
 /// As [`ask`], where nothing else will do.
-fn resize(guest: &mut Guest, boot_mib: u32, mib: u32) -> Result<Duration> {
-    let (plugged, took) = ask(guest, boot_mib, mib)?;
-    let reached = plugged / MIB + u64::from(boot_mib);
-    ensure!(reached == u64::from(mib), "{mib} MiB were asked for, {reached} reached");
+fn resize(guest: &mut Guest, mib: u32) -> Result<Duration> {
+    let (resized, took) = ask(guest, mib)?;
+    ensure!(resized.ending == Ending::Done, "{resized}");
     Ok(took)
 }
 
@@ -94,15 +73,17 @@ fn a_vm_grows_by_gibibytes_and_gives_them_back_and_what_stays_is_intact() -> Res
         echo last\n";
     let mut guest = growable(256, 4096, script).boot()?;
     guest.wait_for_line("readiness", |line| line == "ready")?;
-    let grown = resize(&mut guest, 256, 4096)?;
+    let grown = resize(&mut guest, 4096)?;
     guest.wait_for_line("use", |line| line == "used")?;
     let used = resident(&guest)?;
-    // Nearly all is in use. No less is asked for than that: Linux takes itself the last free page if it is asked to.
-    let (partial, _) = ask(&mut guest, 256, 3904)?;
-    ensure!((3648 * MIB..3840 * MIB).contains(&partial), "{} MiB are plugged", partial / MIB);
-    let again = resize(&mut guest, 256, 4096)?;
+    // Nearly all is in use: what can be had is had, and the guest lives.
+    let (partial, _) = ask(&mut guest, 512)?;
+    ensure!(partial.ending == Ending::Partial, "{partial}");
+    let partial = mem(&mut guest, "plugged_bytes")?;
+    ensure!((3400 * MIB..3840 * MIB).contains(&partial), "{} MiB are plugged", partial / MIB);
+    let again = resize(&mut guest, 4096)?;
     guest.wait_for_line("the end of the use", |line| line == "freed")?;
-    let shrunk = resize(&mut guest, 256, 512)?;
+    let shrunk = resize(&mut guest, 512)?;
     guest.wait_for_line("the smaller size", |line| line == "shrunk")?;
     let left = resident(&guest)?;
     let stats = guest.stats()?;
@@ -141,28 +122,32 @@ fn the_guests_view_follows_each_size_to_the_block() -> Result<()> {
     guest.wait_for_line("readiness", |line| line == "ready")?;
     // Odd sizes, and the largest, which is no multiple of the guest's memory blocks. Linux 6.1 works in steps of 4 MiB.
     for mib in [1100, 200, 400, 404, 384, 1096, 192, 900, 256, 1100, 292] {
-        resize(&mut guest, 128, mib)?;
+        resize(&mut guest, mib)?;
         let line = format!("plus={}", (mib - 128) * 1024);
         guest.wait_for_line(&line, |said| said == line)?;
     }
     // Back to what it was booted with, but for what its running processes sit on.
-    let (left, took) = ask(&mut guest, 128, 128)?;
-    println!("{} MiB plugged after {took:?}, of 164", left / MIB);
-    ensure!(left <= 16 * MIB, "{} MiB are left", left / MIB);
+    let (shrunk, took) = ask(&mut guest, 128)?;
+    let left = mem(&mut guest, "plugged_bytes")?;
+    println!("{shrunk}; {} MiB plugged after {took:?}, of 164", left / MIB);
+    ensure!(left <= 64 * MIB, "{} MiB are left: {shrunk}", left / MIB);
     Ok(())
 }
 
 #[test]
 fn a_vm_without_room_to_grow_and_sizes_that_cannot_be_are_refused_with_the_numbers() -> Result<()> {
-    let refused = |guest: &mut Guest, mib| guest.call(Op::SetMemory { mib }).unwrap_err().to_string();
+    let refused = |guest: &mut Guest, mib| ask(guest, mib).unwrap_err().to_string();
     let mut guest = GuestSpec { script: "sleep 1000".into(), ..GuestSpec::default() }.boot()?;
     let said = refused(&mut guest, 256);
-    assert!(said.contains("has 128 MiB and was configured without memory.max_mib"), "{said}");
+    assert!(
+        said.contains("memory_mib is 256, must be 128 (size_mib, which cannot go) to 128 (max_mib)"),
+        "{said}"
+    );
     let mut guest = growable(128, 256, "sleep 1000").boot()?;
     for (mib, text) in [
-        (126, "126 MiB were asked for, of a VM that was booted with 128"),
-        (258, "136314880 bytes were requested, where at most 134217728 can be"),
-        (129, "no multiple of 2097152"),
+        (126, "memory_mib is 126, must be 128"),
+        (258, "to 256 (max_mib)"),
+        (129, "memory_mib is 129, must be a multiple of 2"),
     ] {
         let said = refused(&mut guest, mib);
         assert!(said.contains(text), "{said}");
@@ -276,7 +261,7 @@ fn what_a_process_freed_goes_back_without_being_asked_for() -> Result<()> {
         dd if=/dev/zero of=/mnt/fill bs=1M count=512 2>/dev/null; echo used; sleep 3; rm /mnt/fill; echo freed\n\
         sleep 20; dd if=/dev/zero of=/mnt/fill bs=1M count=512 2>/dev/null\n\
         echo again=$(tr -d '\\000' < /mnt/fill | wc -c)\n";
-    let memory = MemoryConfig { size_mib: 768, backing: Default::default(), prefault: false, max_mib: None };
+    let memory = MemoryConfig::new(768);
     let spec = GuestSpec { memory, balloon: true, script: script.into(), ..GuestSpec::default() };
     let mut guest = spec.boot()?;
     guest.wait_for_line("use", |line| line == "used")?;
@@ -306,72 +291,5 @@ fn what_a_process_freed_goes_back_without_being_asked_for() -> Result<()> {
     let output = guest.script()?;
     assert_eq!(output.value("again")?, "0", "{output:#?}");
     assert_eq!(output.status, 0);
-    Ok(())
-}
-
-/// What a guest's command line may say of plugged memory.
-const POLICIES: [&str; 3] = [
-    "memhp_default_state=online_movable",
-    "memhp_default_state=online memory_hotplug.online_policy=auto-movable",
-    "memhp_default_state=online",
-];
-
-/// How much comes and goes under each policy. For `vmm/docs/memory.md`.
-#[test]
-#[ignore = "prints figures"]
-fn figures_of_policies() -> Result<()> {
-    let zones = "zones() { awk '/^Node/ {z=$4} /managed/ {if (z==\"Movable\") m+=$2; else k+=$2} \
-                 END {print \"kernel_mib=\" int(k/256) \" movable_mib=\" int(m/256)}' /proc/zoneinfo; }\n";
-    for policy in POLICIES {
-        // Files whose inodes, which cannot be moved, are made all along, and stay.
-        let script = format!(
-            "{zones}start=$(mem); echo ready; until_mem -eq $((start+3840*1024)); echo figure=$(zones)\n\
-             mount -t tmpfs -o size=3800M,nr_inodes=0 fill /mnt; mkdir /mnt/d; i=0\n\
-             while [ $i -lt 32 ]; do dd if=/dev/zero of=/mnt/fill$i bs=1M count=100 2>/dev/null\n\
-             j=0; while [ $j -lt 3000 ]; do : > /mnt/d/$i.$j; j=$((j+1)); done; i=$((i+1)); done\n\
-             rm /mnt/fill*; echo slab=$(awk '/^(Slab|MemFree)/ {{print $1 $2/1024}}' /proc/meminfo); echo used; sleep 1000\n"
-        );
-        let spec = GuestSpec { cmdline: policy.into(), ..growable(256, 4096, &script) };
-        let mut guest = spec.boot()?;
-        guest.wait_for_line("readiness", |line| line == "ready")?;
-        let (grown, grow) = ask(&mut guest, 256, 4096)?;
-        let zones = guest.wait_for_line("zones", |line| line.starts_with("figure="))?;
-        let slab = guest.wait_for_line("slabs", |line| line.starts_with("slab="))?;
-        guest.wait_for_line("use", |line| line == "used")?;
-        let (left, shrink) = ask(&mut guest, 256, 512)?;
-        let (least, _) = ask(&mut guest, 256, 256)?;
-        println!(
-            "{policy}: {} MiB in {grow:?}, {zones}, {slab}; asked for 512 MiB after use: {} in {shrink:?}; for 256: {}",
-            grown / MIB + 256,
-            left / MIB + 256,
-            least / MIB + 256
-        );
-    }
-    Ok(())
-}
-
-/// How far one step goes, and many. For `vmm/docs/memory.md`.
-#[test]
-#[ignore = "prints figures"]
-fn figures_of_steps() -> Result<()> {
-    for policy in &POLICIES[..2] {
-        for boot in [128, 256] {
-            for steps in [&[32_768][..], &[1024, 2048, 4096, 8192, 16_384, 32_768]] {
-                let script = "echo ready; while :; do sleep 5; echo alive; done\n";
-                let spec = GuestSpec { cmdline: (*policy).into(), ..growable(boot, 32_768, script) };
-                let mut guest = spec.boot()?;
-                guest.wait_for_line("readiness", |line| line == "ready")?;
-                let mut reached = vec![];
-                for mib in steps {
-                    match ask(&mut guest, boot, *mib) {
-                        Ok((plugged, took)) => reached.push(format!("{mib}: {} in {took:?}", plugged / MIB)),
-                        Err(e) => reached.push(format!("{mib}: {e:#}")),
-                    }
-                }
-                let alive = guest.wait_for_line("sign of life", |line| line == "alive");
-                println!("{policy}, {boot} MiB: {reached:?}, then {:?}", alive.map_err(|e| format!("{e:#}")));
-            }
-        }
-    }
     Ok(())
 }

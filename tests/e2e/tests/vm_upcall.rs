@@ -123,7 +123,7 @@ impl Host {
     fn first_hello(script: &str) -> Result<(Guest, UnixStream, Frame)> {
         let spec = GuestSpec {
             vcpus: 4,
-            memory: MemoryConfig { size_mib: 512, backing: Default::default(), prefault: false },
+            memory: MemoryConfig::new(512),
             pvh: std::env::var_os(NO_PVH).is_none(),
             cmdline: "maxcpus=1",
             ports: vec![PORT],

@@ -201,6 +201,11 @@ pub fn online(kind: u16, body: &[u8]) -> Result<CpuSet, Violation> {
     }
 }
 
+/// Reads how much memory a view says could be had without anybody missing it, in bytes.
+pub fn available(body: &[u8]) -> Result<u64, Violation> {
+    Ok(structure::<abi::View>("view", body)?.free_bytes.get())
+}
+
 /// The first CPU that a SET_CPUS could not change, and the guest's errno.
 pub fn first_failure(body: &[u8]) -> Option<(u32, u32)> {
     let (done, mut rest) = CpusDone::ref_from_prefix(body).ok()?;

@@ -17,4 +17,4 @@ mod frame;
 mod tests;
 
 pub use channel::{Channel, Counters, Happened};
-pub use frame::{Ask, Hello, Violation, first_failure, online};
+pub use frame::{Ask, Hello, Violation, available, first_failure, online};

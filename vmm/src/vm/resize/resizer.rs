@@ -10,15 +10,19 @@ use super::{Answer, Asked, Cpus, Machine, MemoryState, mib};
 use crate::upcall::abi::kind::SET_CPUS;
 use crate::upcall::{self, Ask, Happened};
 use crate::vcpu::CpuSet;
+use virtio::memory::BLOCK;
 
 /// How much longer than the guest's own deadline its answer may take.
 const GRACE: Duration = Duration::from_secs(1);
 /// A question that changes nothing is answered at once, or never.
 const QUERY: Duration = Duration::from_secs(5);
-/// First and longest pause before the guest is asked again to do what the memory device wants, if its driver had not looked
-/// yet when it was asked.
+/// First and longest pause before the guest is asked again to do what the memory device wants.
 const PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+/// How often it is asked again without getting any further. Linux tries again by itself, but only after 50 seconds.
+const NUDGES: u8 = 6;
+/// What a guest that shrinks keeps of its available memory. Linux offlines its last free page if it is asked to, and dies.
+const RESERVE: u64 = 16 << 20;
 
 /// What the guest has been asked, and has not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,17 +32,29 @@ enum Open {
         before: CpuSet,
         wanted: CpuSet,
     },
+    /// How much could it do without?
+    Look {
+        wanted: u64,
+    },
     /// `seen`: the driver had looked at the device when it was asked, so that the answer is about what it saw.
     Memory {
-        before: u64,
+        memory: Memory,
         seen: bool,
-        pause: Duration,
     },
     /// Nothing, for a while.
     Pause {
-        before: u64,
-        pause: Duration,
+        memory: Memory,
     },
+}
+
+/// A change of memory under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Memory {
+    before: u64,
+    /// What the guest had when it was asked last.
+    last: u64,
+    nudges: u8,
+    pause: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -162,17 +178,15 @@ impl Resizer {
                     self.end_vcpus(before, wanted, &detail);
                 }
             }
-            Open::Memory { before, seen, pause } => {
-                let reached = machine.memory().is_some_and(|m| m.plugged == m.requested);
-                if status == 0 && !reached && !seen {
-                    // The request overtook the device's interrupt: the answer is about what was before it.
-                    let open = Open::Pause { before, pause: LONGEST_PAUSE.min(2 * pause) };
-                    self.question = Some(Question { seq: 0, open, until: now + pause });
-                    return;
+            Open::Look { wanted } => match upcall::available(body) {
+                Ok(available) => self.shrink(wanted, available, machine, now),
+                Err(_) if status != 0 => self.end_memory(None, &errno_text(status), machine),
+                Err(violation) => {
+                    machine.hang_up();
+                    self.cut_off(&question, Ending::Reset, &violation.to_string(), machine);
                 }
-                let detail = if status == 0 { String::new() } else { errno_text(status) };
-                self.end_memory(before, &detail, machine);
-            }
+            },
+            Open::Memory { memory, seen } => self.memory_replied(memory, seen, status, machine, now),
             Open::Pause { .. } => unreachable!("it has no number that a reply could have"),
         }
     }
@@ -194,7 +208,7 @@ impl Resizer {
                 None
             }
             // It keeps what it has: nothing comes or goes behind the owner's back later.
-            Open::Memory { .. } | Open::Pause { .. } => self.settle_memory(machine),
+            Open::Look { .. } | Open::Memory { .. } | Open::Pause { .. } => self.settle_memory(machine),
         };
         let Some(transaction) = &mut self.current else { return };
         transaction.memory = memory.or(transaction.memory);
@@ -211,12 +225,13 @@ impl Resizer {
         Some(plugged)
     }
 
-    fn end_memory(&mut self, before: u64, detail: &str, machine: &mut impl Machine) {
+    /// `before`: what the guest had, if it has changed since.
+    fn end_memory(&mut self, before: Option<u64>, detail: &str, machine: &mut impl Machine) {
         let Some(plugged) = self.settle_memory(machine) else { return };
         let Some(transaction) = &mut self.current else { return };
-        let wanted = transaction.asked.target.memory.unwrap_or(before);
+        let wanted = transaction.asked.target.memory.unwrap_or(plugged);
         transaction.memory = Some(plugged);
-        transaction.end_step(plugged == wanted, plugged != before, detail);
+        transaction.end_step(plugged == wanted, before.is_some_and(|before| plugged != before), detail);
     }
 
     fn end_vcpus(&mut self, before: CpuSet, wanted: CpuSet, detail: &str) {
@@ -278,21 +293,68 @@ impl Resizer {
             let transaction = self.current.as_mut().expect("a step is one of it");
             return transaction.refuse("this VM was configured without memory to grow into");
         };
-        if let Err(why) = machine.request_memory(bytes) {
-            return self.end_memory(memory.plugged, &why, machine);
+        if bytes < memory.plugged {
+            let within = self.time_left(now).min(QUERY);
+            return self.ask(&Ask::Query, Open::Look { wanted: bytes }, within, machine, now);
         }
-        if memory.plugged == bytes {
-            return self.end_memory(bytes, "", machine);
-        }
-        self.ask_memory(memory.plugged, PAUSE, machine, now);
+        self.request_memory(bytes, memory.plugged, machine, now);
     }
 
-    fn ask_memory(&mut self, before: u64, pause: Duration, machine: &mut impl Machine, now: Instant) {
+    /// Shrinks to `wanted`, as far as the guest has it `available`.
+    fn shrink(&mut self, wanted: u64, available: u64, machine: &mut impl Machine, now: Instant) {
         let Some(memory) = machine.memory() else { return };
-        let ask = Ask::SetMemory { base: memory.base, bytes: memory.requested };
-        let open = Open::Memory { before, seen: memory.seen, pause };
+        let spare = available.saturating_sub(RESERVE) & !(BLOCK - 1);
+        let least = memory.plugged.saturating_sub(spare);
+        if least > wanted
+            && let Some(transaction) = &mut self.current
+        {
+            transaction.detail = format!("the guest has {} MiB that it can do without", spare >> 20);
+        }
+        self.request_memory(wanted.max(least), memory.plugged, machine, now);
+    }
+
+    fn request_memory(&mut self, bytes: u64, before: u64, machine: &mut impl Machine, now: Instant) {
+        if bytes == before {
+            return self.end_memory(None, "", machine);
+        }
+        if let Err(why) = machine.request_memory(bytes) {
+            return self.end_memory(None, &why, machine);
+        }
+        self.ask_memory(Memory { before, last: before, nudges: 0, pause: PAUSE }, machine, now);
+    }
+
+    fn ask_memory(&mut self, memory: Memory, machine: &mut impl Machine, now: Instant) {
+        let Some(state) = machine.memory() else { return };
+        let ask = Ask::SetMemory { base: state.base, bytes: state.requested };
         let within = self.time_left(now);
-        self.ask(&ask, open, within, machine, now);
+        self.ask(&ask, Open::Memory { memory, seen: state.seen }, within, machine, now);
+    }
+
+    fn memory_replied(
+        &mut self,
+        memory: Memory,
+        seen: bool,
+        status: u32,
+        machine: &mut impl Machine,
+        now: Instant,
+    ) {
+        let Some(state) = machine.memory() else { return };
+        let reached = state.plugged == state.requested;
+        if status != 0 || reached || (seen && memory.nudges >= NUDGES && state.plugged == memory.last) {
+            let detail = if status == 0 { String::new() } else { errno_text(status) };
+            return self.end_memory(Some(memory.before), &detail, machine);
+        }
+        let mut next = Memory { last: state.plugged, pause: LONGEST_PAUSE.min(2 * memory.pause), ..memory };
+        if seen {
+            next.nudges = if state.plugged == memory.last { memory.nudges + 1 } else { 0 };
+            // The same once more: an interrupt, for a driver that has given up for now.
+            if let Err(why) = machine.request_memory(state.requested) {
+                return self.end_memory(Some(memory.before), &why, machine);
+            }
+        }
+        // Else the request overtook the device's interrupt, and the answer is about what was before it.
+        let until = now + memory.pause;
+        self.question = Some(Question { seq: 0, open: Open::Pause { memory: next }, until });
     }
 
     fn ask(&mut self, ask: &Ask, open: Open, within: Duration, machine: &mut impl Machine, now: Instant) {
@@ -341,11 +403,13 @@ impl Resizer {
     /// Ends what has taken too long.
     pub fn expire(&mut self, machine: &mut impl Machine, now: Instant) {
         match self.question.take_if(|q| q.until <= now) {
-            Some(Question { open: Open::Pause { before, pause }, .. }) if self.has_time_left(now) => {
-                self.ask_memory(before, pause, machine, now);
+            Some(Question { open: Open::Pause { memory }, .. }) if self.has_time_left(now) => {
+                self.ask_memory(memory, machine, now);
             }
-            Some(Question { open: Open::Pause { before, .. }, .. }) => {
-                self.end_memory(before, "the guest's memory driver does not answer", machine);
+            Some(Question { open: Open::Pause { memory }, .. }) => {
+                let seen = machine.memory().is_some_and(|state| state.seen);
+                let why = if seen { "no time was left" } else { "the guest's memory driver does not answer" };
+                self.end_memory(Some(memory.before), why, machine);
             }
             Some(question) => self.cut_off(&question, Ending::TimedOut, "", machine),
             None => {}

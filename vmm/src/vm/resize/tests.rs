@@ -29,6 +29,8 @@ struct Fake {
     no_threads: bool,
     /// Its memory driver looks at the device.
     looks: bool,
+    /// Memory it can do without.
+    available: u64,
 }
 
 impl Fake {
@@ -43,6 +45,7 @@ impl Fake {
             memory: MemoryState { base: 0xd000_0000, requested: 0, plugged: 0, seen: true },
             no_threads: false,
             looks: true,
+            available: 1 << 40,
         }
     }
 
@@ -102,7 +105,7 @@ impl Fake {
         let view = View {
             online: self.online.to_words().map(Into::into),
             total_bytes: 0.into(),
-            free_bytes: 0.into(),
+            free_bytes: self.available.into(),
             realtime_ns: 0.into(),
             frozen: 0.into(),
             devices: 0.into(),
@@ -295,17 +298,36 @@ fn memory_grows_twice_and_shrinks_as_far_as_it_can() {
         assert_eq!(memory(&mut resizer), (Ending::Done, Reached { asked: total, reached: Some(total) }));
     }
     resizer.request(asked(3, None, Some(0), now), &mut fake);
-    // All that could be had is 256 MiB.
-    let reply = fake.work(2).unwrap();
-    resizer.happened(reply, &mut fake, now);
-    // It had not looked when it was asked, so it is asked once more; there is no more to be had.
-    fake.memory.seen = true;
-    now += resizer.next_timeout(now).unwrap();
-    resizer.expire(&mut fake, now);
-    let reply = fake.work(0).unwrap();
-    resizer.happened(reply, &mut fake, now);
+    // All that can be had is 256 MiB, however often it is asked again.
+    for limit in [9, 0, 2].into_iter().chain([0; 20]) {
+        if let Some(reply) = fake.work(limit) {
+            resizer.happened(reply, &mut fake, now);
+        }
+        now += resizer.next_timeout(now).unwrap_or_default().min(LONGEST);
+        resizer.expire(&mut fake, now);
+    }
     assert_eq!(memory(&mut resizer), (Ending::Partial, Reached { asked: 256, reached: Some(1024) }));
     assert_eq!(fake.memory.requested, 768 * MIB, "nothing goes on behind the owner's back");
+}
+
+/// Linux gives its last free page if it is asked for it, and dies.
+#[test]
+fn a_guest_is_not_asked_for_what_it_uses() {
+    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    fake.memory = MemoryState { requested: 1024 * MIB, plugged: 1024 * MIB, ..fake.memory };
+    fake.available = 117 * MIB;
+    resizer.request(asked(1, None, Some(0), now), &mut fake);
+    settle(&mut resizer, &mut fake, now);
+    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    let reached = Reached { asked: 256, reached: Some(256 + 1024 - 100) };
+    assert_eq!((answer.resized.ending, answer.resized.memory_mib), (Ending::Partial, Some(reached)));
+    assert!(answer.resized.detail.contains("100 MiB"), "{}", answer.resized.detail);
+    fake.available = 16 * MIB;
+    resizer.request(asked(2, None, Some(0), now), &mut fake);
+    settle(&mut resizer, &mut fake, now);
+    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    assert_eq!(answer.resized.ending, Ending::Refused);
+    assert_eq!(fake.memory.plugged, 924 * MIB);
 }
 
 /// The request overtakes the device's interrupt: its answer says nothing, and it is asked again.
@@ -363,7 +385,7 @@ fn memory_grows_first_and_shrinks_last() {
         kinds
     };
     assert_eq!(kinds(1, 4, 512 * MIB), [kind::SET_MEMORY, kind::SET_CPUS]);
-    assert_eq!(kinds(2, 2, 0), [kind::SET_CPUS, kind::SET_MEMORY]);
+    assert_eq!(kinds(2, 2, 0), [kind::SET_CPUS, kind::QUERY, kind::SET_MEMORY]);
 }
 
 #[derive(Debug, Clone)]
