@@ -18,13 +18,14 @@ use crate::boot::{BUNDLES, CONTAINERS};
 use crate::cgroup::Cgroup;
 use crate::errors::TaskError;
 use crate::host::Host;
+use crate::huge_pages::{self, Reserved};
 use crate::launch::{self, LaunchError, Launched, chain};
 use crate::mounts::{self, Mounted};
 use crate::payload::Payload;
 use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
-use crate::{pod, spec, sys, sysctl};
+use crate::{devices, pod, spec, sys, sysctl};
 
 mod control;
 
@@ -78,6 +79,7 @@ struct Files {
     bundle: PathBuf,
     state: PathBuf,
     _root: Mounted,
+    _huge_pages: Reserved,
 }
 
 impl Drop for Files {
@@ -117,12 +119,15 @@ impl Container {
         pod::join(&mut config.spec, pid_of)?;
         pod::share_memory(&mut config.spec)?;
         sysctl::apply(&mut config.spec)?;
+        devices::resolve(&mut config.spec)?;
+        let huge_pages = huge_pages::set_up(&mut config.spec)?;
         let root = config.spec.root().as_ref().expect("checked by `spec::container`").path().clone();
         let wiring = Wiring::dial(&guest.host, &names).await?;
         let files = Files {
             bundle: Path::new(BUNDLES).join(id),
             state: Path::new(CONTAINERS).join(id),
             _root: mounts::make_all(&request.rootfs, &root)?,
+            _huge_pages: huge_pages,
         };
         std::fs::create_dir_all(&files.bundle)
             .and_then(|()| spec::save(&config.spec, &files.bundle.join("config.json")))

@@ -2,6 +2,8 @@
 
 use agent_api::ttrpc::{self, Code};
 
+use crate::devices::DeviceError;
+use crate::huge_pages::HugePagesError;
 use crate::launch::{LaunchError, chain};
 use crate::mounts::MountError;
 use crate::resources::ResourcesError;
@@ -38,6 +40,12 @@ pub enum TaskError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A device is not there.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// There are no such huge pages, or not so many.
+    #[error(transparent)]
+    HugePages(#[from] HugePagesError),
     /// A kernel parameter cannot be set.
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
@@ -79,6 +87,13 @@ impl TaskError {
             | Self::Spec(_)
             | Self::Mount(_)
             | Self::Stdio(StdioError::Name(_)) => Code::INVALID_ARGUMENT,
+            Self::Device(_) => Code::FAILED_PRECONDITION,
+            Self::HugePages(error) => match error {
+                HugePagesError::Limit { .. } | HugePagesError::Volume { .. } => Code::INVALID_ARGUMENT,
+                HugePagesError::Kernel { .. } | HugePagesError::Size { .. } => Code::FAILED_PRECONDITION,
+                HugePagesError::Memory { .. } => Code::RESOURCE_EXHAUSTED,
+                HugePagesError::Io { .. } => Code::INTERNAL,
+            },
             Self::Resources(error) => match error {
                 ResourcesError::Value { .. } => Code::INVALID_ARGUMENT,
                 ResourcesError::NoFile { .. } | ResourcesError::Unsupported(_) => Code::FAILED_PRECONDITION,

@@ -6,11 +6,13 @@ use ttrpc::Code;
 use vmm_api::ErrorCode;
 
 use crate::agent::AgentError;
+use crate::container::hooks::HookError;
 use crate::container::io::IoError;
 use crate::container::logger::LoggerError;
 use crate::container::rootfs::RootfsError;
 use crate::container::spec::SpecError;
 use crate::sandbox::boot::{BootCause, BootError};
+use crate::sandbox::disks::DiskError;
 use crate::sandbox::net::NetError;
 use crate::vmm::VmmError;
 
@@ -84,6 +86,12 @@ pub enum TaskError {
     /// The root file system or a bind.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// A block device.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The standard streams.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -114,6 +122,12 @@ impl TaskError {
             TaskError::Rootfs(error) => match error {
                 RootfsError::Os { source, .. } => os(source),
                 _ => Code::INVALID_ARGUMENT,
+            },
+            TaskError::Disk(error) => disk(error),
+            TaskError::Hook(error) => match error {
+                HookError::Late { .. } => Code::DEADLINE_EXCEEDED,
+                HookError::NoNetwork { .. } => Code::INVALID_ARGUMENT,
+                HookError::Start { .. } | HookError::Failed { .. } => Code::FAILED_PRECONDITION,
             },
             TaskError::Io(error) => match error {
                 IoError::Open { source, .. } => os(source),
@@ -147,8 +161,18 @@ fn os(error: &std::io::Error) -> Code {
     }
 }
 
+fn disk(error: &DiskError) -> Code {
+    match error {
+        DiskError::Missing { .. } | DiskError::TooMany { .. } => Code::INVALID_ARGUMENT,
+        DiskError::Open { source, .. } => os(source),
+        DiskError::ReadOnly { .. } => Code::FAILED_PRECONDITION,
+        DiskError::Late { source, .. } => vmm(source),
+    }
+}
+
 fn boot(cause: &BootCause) -> Code {
     match cause {
+        BootCause::Disk(error) => disk(error),
         BootCause::File { .. } => Code::FAILED_PRECONDITION,
         BootCause::Network(NetError::Tap { .. } | NetError::Netlink { .. }) => Code::INTERNAL,
         BootCause::Network(_) => Code::FAILED_PRECONDITION,

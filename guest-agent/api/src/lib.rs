@@ -77,6 +77,21 @@ pub const SANDBOX_SHM: &str = "ctvm-sandbox-shm";
 /// Where the agent mounts it.
 pub const SHM_PATH: &str = "/run/ctvm/shm";
 
+/// Beginning of the `source` of a hugetlbfs that containers share: what follows, of the letters of a file's name, is the
+/// same for those that have the same one.
+pub const HUGE_PAGES: &str = "ctvm-huge-pages-";
+/// Where the agent mounts those.
+pub const HUGE_PAGES_PATH: &str = "/run/ctvm/huge";
+
+/// `major` of a block device in `linux.devices` that is a disk of the VM: the one with the serial number that
+/// [`disk_serial`] makes of its `minor`. Which numbers a disk has in the guest, only the guest can tell.
+pub const DISK_MAJOR: i64 = -1;
+
+/// Serial number of the sandbox's disk `number`, counted from 0. At most 20 bytes fit (virtio 1.2, 5.2.6).
+pub fn disk_serial(number: u32) -> String {
+    format!("ctvm-disk-{number}")
+}
+
 /// Where the agent puts `SetupRequest.files`.
 pub const FILES_PATH: &str = "/run/ctvm/pod";
 

@@ -16,8 +16,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::container::hooks::{Hooks, Subject};
 use crate::container::io::{Copying, Stdio};
 
+pub mod devices;
+pub mod hooks;
 pub mod io;
 pub mod logger;
 pub mod overview;
@@ -146,6 +149,7 @@ pub struct Container {
     oom_exits: AtomicU64,
     name: OnceLock<String>,
 }
+    hooks: OnceLock<(Hooks, Subject)>,
 
 impl Container {
     /// A container that is about to be made.
@@ -163,6 +167,7 @@ impl Container {
             oom_exits: AtomicU64::new(0),
             name: OnceLock::new(),
         })
+            hooks: OnceLock::new(),
     }
 
     /// Its first process is made.
@@ -251,6 +256,17 @@ impl Container {
     }
 
     /// Remembers a directory shown to the guest for it.
+    /// It wants these run, and told of what. Only the first ones count.
+    pub fn set_hooks(&self, hooks: Hooks, subject: Subject) {
+        // Second ones would be the same, from the same configuration.
+        let _ = self.hooks.set((hooks, subject));
+    }
+
+    /// What it wants run.
+    pub fn hooks(&self) -> Option<&(Hooks, Subject)> {
+        self.hooks.get()
+    }
+
     pub fn add_share(&self, name: &str) {
         self.shares.lock().expect("no code panics while it holds this lock").push(name.to_owned());
     }

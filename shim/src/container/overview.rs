@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::devices::{self, Device, DeviceError, HostDisk, Rule};
+use super::hooks::Hooks;
 use super::spec::SpecError;
 
 /// What the shim itself reads from a configuration.
@@ -19,6 +21,8 @@ pub struct Overview {
     pub linux: OverviewLinux,
     /// The process.
     pub process: OverviewProcess,
+    /// Programs to run beside it.
+    pub hooks: Hooks,
 }
 
 /// `root`.
@@ -39,6 +43,8 @@ pub struct OverviewLinux {
     pub namespaces: Vec<OverviewNamespace>,
     /// Limits.
     pub resources: OverviewResources,
+    /// Devices.
+    pub devices: Vec<Device>,
 }
 
 /// `linux.resources`.
@@ -49,6 +55,8 @@ pub struct OverviewResources {
     pub memory: OverviewMemory,
     /// `cpu`.
     pub cpu: OverviewCpu,
+    /// Which devices may be used, and how.
+    pub devices: Vec<Rule>,
 }
 
 /// `linux.resources.memory`.
@@ -142,6 +150,14 @@ impl Overview {
     pub fn network(&self) -> Option<&Path> {
         let mut namespaces = self.linux.namespaces.iter();
         namespaces.find(|namespace| namespace.kind == "network").map(|namespace| namespace.path.as_path())
+    }
+
+    /// The block devices that it asks for.
+    ///
+    /// # Errors
+    /// [`DeviceError`] for a device that cannot be had in a VM.
+    pub fn disks(&self) -> Result<Vec<HostDisk>, DeviceError> {
+        devices::disks(&self.linux.devices, &self.linux.resources.devices)
     }
 
     /// The pod that the container belongs to, when it is not its own.

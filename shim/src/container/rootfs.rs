@@ -9,7 +9,7 @@
 use std::ffi::{CString, OsString};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
@@ -70,7 +70,7 @@ pub enum RootfsError {
         source: std::io::Error,
     },
     /// A bind of something that has no meaning on the other side of a file share.
-    #[error("bind mount of {path}: a {kind} of the host cannot be used from the guest")]
+    #[error("bind mount of {path}: a {kind} of the host cannot be used from the guest{}", instead(.kind))]
     Special {
         /// On the host.
         path: PathBuf,
@@ -78,6 +78,13 @@ pub enum RootfsError {
         kind: &'static str,
     },
 }
+
+/// What can be used.
+fn instead(kind: &str) -> &'static str {
+    if kind == BLOCK_DEVICE { "; give it to the container as a device (volumeDevices, --device)" } else { "" }
+}
+
+const BLOCK_DEVICE: &str = "block device";
 
 /// Longest option string of `mount(2)`: a page with its final NUL.
 const MAX_DATA: usize = 4095;
@@ -285,6 +292,25 @@ pub fn tmpfs_size(path: &Path) -> Option<u64> {
     found.f_blocks.checked_mul(u64::try_from(found.f_bsize).ok()?)
 }
 
+/// A directory of huge pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HugePages {
+    /// Its name, the same for the same directory.
+    pub volume: String,
+    /// Size of its pages, in bytes.
+    pub page: u64,
+}
+
+/// The huge pages at `path`, if it is on a hugetlbfs. Their files cannot be read or written, only mapped, so they cannot
+/// be shown to a guest either.
+pub fn huge_pages(path: &Path) -> Option<HugePages> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    let found = statfs(path).ok().filter(|found| found.f_type == HUGETLBFS_MAGIC)?;
+    let stat = std::fs::metadata(path).ok()?;
+    let volume = format!("{:x}-{:x}", stat.dev(), stat.ino());
+    Some(HugePages { volume, page: u64::try_from(found.f_bsize).ok()? })
+}
+
 /// A directory of the host for a bind mount, and the name in it when the bind is of a file.
 #[derive(Debug)]
 pub struct HostTree {
@@ -312,7 +338,7 @@ pub fn host_tree(source: &Path, stage: &Path, live: bool) -> Result<HostTree, Ro
         (kind.is_socket(), "socket"),
         (kind.is_fifo(), "fifo"),
         (kind.is_char_device(), "character device"),
-        (kind.is_block_device(), "block device"),
+        (kind.is_block_device(), BLOCK_DEVICE),
     ] {
         if is {
             return Err(RootfsError::Special { path: source.to_owned(), kind: name });

@@ -11,17 +11,21 @@
 //! | a `pid` namespace of another container | named by that container's id | its number on this host is one the shim made up |
 //! | no `pid`, no `ipc` namespace | refused | that asks for the host's processes and memory |
 //! | `linux.cgroupsPath` | `/ctvm/<id>` | the guest's tree is flat |
-//! | `linux.devices` beyond the guest's | removed | host numbers |
-//! | `linux.resources`: cpuset, block, network, rdma, huge pages | removed | host numbers, or not in the guest |
-//! | `hooks`, AppArmor, SELinux, `intelRdt`, seccomp `listenerPath` | removed, with a warning where they ask for something | they belong to the host |
+//! | `linux.devices` | block devices become disks, others are the guest's own or refused ([`devices`](super::devices)) | host numbers |
+//! | `linux.resources`: cpuset, block, network, rdma | removed | host numbers, or not in the guest |
+//! | a bind of huge pages (hugetlbfs), `hugepageLimits` above 0 | the guest's own huge pages of that size | they are memory |
+//! | `hooks` but `startContainer` | removed, and run on this host ([`hooks`](super::hooks)) | they are the host's |
+//! | AppArmor, SELinux, `intelRdt`, seccomp `listenerPath` | removed, with a warning where they ask for something | they belong to the host |
 
 use std::path::{Path, PathBuf};
 
-use agent_api::SANDBOX_SHM;
+use agent_api::{HUGE_PAGES, SANDBOX_SHM};
 use serde_json::{Map, Value, json};
 
+use super::devices::{DeviceError, HostDisk};
 use super::overview::Role;
 
+mod devices;
 mod linux;
 mod mounts;
 
@@ -41,7 +45,7 @@ pub enum SpecError {
     },
     /// A kind of mount that there is no way to make in the guest.
     #[error(
-        "config.json: mount of type {kind:?} at {destination:?} is not supported; supported are bind, proc, sysfs, tmpfs, devpts, mqueue and cgroup"
+        "config.json: mount of type {kind:?} at {destination:?} is not supported; supported are bind, proc, sysfs, tmpfs, devpts, mqueue, cgroup and hugetlbfs"
     )]
     MountKind {
         /// Its type.
@@ -76,6 +80,17 @@ pub enum SpecError {
         /// Kind of namespace.
         kind: String,
         /// Whose.
+        path: String,
+    },
+    /// A device that cannot be had in a VM.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A program of the host that should run in the container's namespaces.
+    #[error(
+        "config.json: createContainer hook {path:?} cannot be run: it is a program of the host, and the container's namespaces are in the VM"
+    )]
+    Hook {
+        /// The program.
         path: String,
     },
 }
@@ -125,6 +140,10 @@ pub struct GuestSpec {
     pub binds: Vec<Bind>,
     /// Position of each bind in `mounts`.
     positions: Vec<usize>,
+    /// The block devices in it, in their order: see [`GuestSpec::set_disk`].
+    pub disks: Vec<HostDisk>,
+    /// Position of each disk in `linux.devices`.
+    disk_positions: Vec<usize>,
     /// The pod's shared memory: position in `mounts`, and its directory on the host.
     shm: Option<(usize, PathBuf)>,
     /// What was left out that someone may miss.
@@ -160,9 +179,7 @@ pub fn for_guest(mut config: Value, role: Role, place: Place<'_>) -> Result<Gues
         top.remove("hostname");
         top.remove("domainname");
     }
-    if top.remove("hooks").is_some_and(|h| h.as_object().is_some_and(|h| !h.is_empty())) {
-        warnings.push("hooks are not run: they are programs of the host".to_owned());
-    }
+    rewrite_hooks(top)?;
     let root_entry = top.entry("root").or_insert_with(|| json!({}));
     let root = format!("{}/{}", place.share_path, place.id);
     object(root_entry, "root")?.insert("path".into(), root.into());
@@ -177,12 +194,38 @@ pub fn for_guest(mut config: Value, role: Role, place: Place<'_>) -> Result<Gues
             }
         }
     }
-    if let Some(linux) = top.get_mut("linux") {
-        linux::rewrite(object(linux, "linux")?, role, place, &mut warnings)?;
+    let (disk_positions, disks) = match top.get_mut("linux") {
+        Some(linux) => linux::rewrite(object(linux, "linux")?, role, place, &mut warnings)?,
+        None => Vec::new(),
     }
-    let mut spec = GuestSpec { config, binds: Vec::new(), positions: Vec::new(), shm: None, warnings };
+    .into_iter()
+    .unzip();
+    let mut spec = GuestSpec {
+        config,
+        binds: Vec::new(),
+        positions: Vec::new(),
+        disks,
+        disk_positions,
+        shm: None,
+        warnings,
+    };
     spec.rewrite_mounts(place)?;
     Ok(spec)
+}
+
+/// Leaves what runs in the container.
+fn rewrite_hooks(top: &mut Map<String, Value>) -> Result<(), SpecError> {
+    let Some(mut hooks) = top.remove("hooks") else { return Ok(()) };
+    let first = hooks["createContainer"].get(0);
+    if let Some(hook) = first {
+        let path = hook["path"].as_str().unwrap_or_default().to_owned();
+        return Err(SpecError::Hook { path });
+    }
+    let of_container = hooks.get_mut("startContainer").map(Value::take);
+    if let Some(hooks) = of_container.filter(|hooks| hooks.as_array().is_some_and(|list| !list.is_empty())) {
+        top.insert("hooks".into(), json!({ "startContainer": hooks }));
+    }
+    Ok(())
 }
 
 impl GuestSpec {
@@ -191,6 +234,19 @@ impl GuestSpec {
     pub fn set_bind_source(&mut self, index: usize, guest_path: &Path) {
         let mount = &mut self.config["mounts"][self.positions[index]];
         mount["source"] = guest_path.to_string_lossy().into_owned().into();
+    }
+
+    /// Makes bind `index` of [`GuestSpec::binds`] one of the guest's huge pages of `page` bytes, the same for every
+    /// container of the pod that says `volume`.
+    pub fn set_huge_pages(&mut self, index: usize, volume: &str, page: u64) {
+        let mount = &mut self.config["mounts"][self.positions[index]];
+        let access = if self.binds[index].read_only { "ro" } else { "rw" };
+        *mount = json!({
+            "destination": mount["destination"],
+            "type": "hugetlbfs",
+            "source": format!("{HUGE_PAGES}{volume}"),
+            "options": [format!("pagesize={page}"), access, "nosuid", "nodev"],
+        });
     }
 
     /// The host's directory for the pod's shared memory, if the container has it.

@@ -22,6 +22,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::sandbox::complaints::Complaints;
 use crate::sandbox::console::Console;
+use crate::sandbox::disks::{Disk, DiskError, Held};
 use crate::sandbox::guest_log;
 use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
@@ -35,7 +36,7 @@ use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
 pub const CMDLINE: &str =
     "console=hvc0 quiet root=/dev/vda ro rootfstype=erofs init=/sbin/init reboot=k panic=-1";
 
-/// Descriptors of the VM's configuration: kernel, image, console, and from here on taps.
+/// Descriptors of the VM's configuration: kernel, image, console, from here on taps, and then disks.
 const FIRST_TAP: u8 = 3;
 
 /// Bytes of entropy the guest starts with.
@@ -54,6 +55,15 @@ pub struct Plan {
     pub extras: Extras,
 }
 
+/// What of the host becomes the VM's.
+#[derive(Debug, Default)]
+pub struct Hardware {
+    /// The pod's interfaces.
+    pub network: Network,
+    /// The first container's block devices.
+    pub disks: Vec<Disk>,
+}
+
 /// A running VM.
 #[derive(Debug)]
 pub struct Vm {
@@ -69,6 +79,8 @@ pub struct Vm {
     pub vcpus: u8,
     /// Its memory, MiB.
     pub memory_mib: u32,
+    /// Its disks beside the guest's image, in the order of their numbers.
+    pub disks: tokio::sync::Mutex<Vec<Held>>,
 }
 
 /// Where a boot can fail.
@@ -76,6 +88,8 @@ pub struct Vm {
 pub enum Stage {
     /// Connecting the pod's interfaces.
     Network,
+    /// Opening the container's block devices.
+    Disks,
     /// Opening kernel and image.
     Files,
     /// Starting the VMM.
@@ -94,6 +108,7 @@ impl std::fmt::Display for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Stage::Network => "connecting the pod's network",
+            Stage::Disks => "opening the container's block devices",
             Stage::Files => "opening the guest's files",
             Stage::Spawn => "starting the VMM",
             Stage::Configure => "configuring the VM",
@@ -134,6 +149,9 @@ pub enum BootCause {
     /// The pod's network.
     #[error(transparent)]
     Network(#[from] NetError),
+    /// A block device of the container.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A file of the guest cannot be opened.
     #[error("{what} {path}")]
     File {
@@ -171,7 +189,7 @@ pub enum BootCause {
 /// See [`BootError`]; no VMM is left running then.
 pub async fn boot(
     plan: &Plan,
-    network: Network,
+    hardware: Hardware,
     slot: &mut ControlSlot,
     timeline: &Timeline,
     spawned: impl FnOnce(u32),
@@ -199,11 +217,14 @@ pub async fn boot(
     // From here on there is a process to stop when something fails.
     let streams = Streams::new();
     let mut fds = vec![kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
+    let Hardware { network, disks } = &hardware;
     fds.extend(network.devices.iter().flat_map(|device| &device.taps).map(AsFd::as_fd));
-    match come_up(plan, &network, &vmm, events, &streams, &fds, timeline).await {
+    fds.extend(disks.iter().map(|disk| disk.file().as_fd()));
+    match come_up(plan, &hardware, &vmm, events, &streams, &fds, timeline).await {
         Ok(agent) => {
             let Config { vcpus, memory_mib, .. } = plan.config;
-            Ok(Vm { vmm, agent, streams, console, vcpus, memory_mib })
+            let disks = tokio::sync::Mutex::new(disks.iter().map(Disk::held).collect());
+            Ok(Vm { vmm, agent, streams, console, vcpus, memory_mib, disks })
         }
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
@@ -215,7 +236,7 @@ pub async fn boot(
 
 async fn come_up(
     plan: &Plan,
-    network: &Network,
+    hardware: &Hardware,
     vmm: &Vmm,
     events: Events,
     streams: &Arc<Streams>,
@@ -227,7 +248,7 @@ async fn come_up(
     let (agent_tx, agent) = oneshot::channel();
     tokio::spawn(dispatch(events, streams.clone(), agent_tx));
 
-    let configure = Op::Configure(Box::new(vm_config(plan, network)));
+    let configure = Op::Configure(Box::new(vm_config(plan, hardware)));
     vmm.call(configure, fds, limit).await.map_err(|e| (Stage::Configure, e.into()))?;
     let (reply, _) = vmm.call(Op::Boot, &[], limit).await.map_err(|e| (Stage::Boot, e.into()))?;
     let Reply::Booted { timeline: stages } = reply else {
@@ -252,7 +273,7 @@ async fn come_up(
     timeline.reached_at("agent ready", ready_us);
 
     let agent = Agent::new(connection, config.timeouts.agent()).map_err(|e| (Stage::Setup, e.into()))?;
-    let setup = setup_request(plan, &network.steps)
+    let setup = setup_request(plan, &hardware.network.steps)
         .map_err(|source| (Stage::Setup, BootCause::Os { what: "reading entropy for the guest", source }))?;
     let response = agent.setup(&setup).await.map_err(|e| (Stage::Setup, e.into()))?;
     timeline.reached_at("kernel", init_started(&response, ready_us));
@@ -303,8 +324,15 @@ async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sen
     }
 }
 
-fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
-    let config = &plan.config;
+fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
+    let (config, Hardware { network, disks }) = (&plan.config, hardware);
+    let taps: usize = network.devices.iter().map(|device| device.taps.len()).sum();
+    let first_disk = usize::from(FIRST_TAP) + taps;
+    let image = DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 };
+    let disks = disks.iter().zip(0..).map(|(disk, number)| {
+        let file = u8::try_from(first_disk + number as usize).expect("a packet has few descriptors");
+        disk.config(number, FdIndex(file))
+    });
     let cmdline = match config.cmdline.trim() {
         "" => CMDLINE.to_owned(),
         more => format!("{CMDLINE} {more}"),
@@ -322,7 +350,7 @@ fn vm_config(plan: &Plan, network: &Network) -> VmConfig {
             prefault: config.prefault,
             ..MemoryConfig::new(config.memory_mib)
         },
-        disks: vec![DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 }],
+        disks: std::iter::once(image).chain(disks).collect(),
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
         // The guest's generator is ready before its first driver where the processor feeds it, and the agent's
         // set-up seeds it from the host's: the device would be 56 exits and two kernel threads for nothing.
@@ -375,7 +403,7 @@ mod tests {
     fn the_vm_is_as_configured() {
         let config = Config { vcpus: 2, hugepages: true, cmdline: " debug ".into(), ..Config::default() };
         let plan = Plan { config, name: "n".repeat(300), hostname: "h".into(), extras: Extras::default() };
-        let vm = vm_config(&plan, &Network::default());
+        let vm = vm_config(&plan, &Hardware::default());
         assert_eq!((vm.vcpus, vm.memory.size_mib, vm.name.len()), (2, 256, 128));
         assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);
         assert!(vm.kernel.cmdline.ends_with("panic=-1 debug"), "{}", vm.kernel.cmdline);

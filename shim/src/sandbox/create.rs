@@ -16,9 +16,11 @@ use protobuf::well_known_types::any::Any;
 use vmm_api::{FdIndex, FsCache, Op};
 
 use crate::args;
+use crate::container::hooks::{HookError, Moment, Subject};
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
 use crate::container::overview::Overview;
+use crate::container::rootfs::HugePages;
 use crate::container::spec::Place;
 use crate::container::{Container, Phase, Process, rootfs, spec};
 use crate::error::TaskError;
@@ -122,13 +124,22 @@ impl Sandbox {
         if let Some(name) = overview.name() {
             container.set_name(name);
         }
+        container.set_hooks(overview.hooks.clone(), subject(&container.id, &container.bundle, &overview));
         let layers = rootfs::parse(&request.rootfs)?;
 
         let vm = self.vm().await?;
         container.set_pid(self.free_pid(&vm));
+        for (index, disk) in guest.disks.clone().iter().enumerate() {
+            let number = self.disk(&vm, disk).await?;
+            guest.set_disk(index, number);
+        }
         let (root, options) = root(bundle, &layers, &overview)?;
         self.share(&vm, container, id, root, options).await?;
         for (index, bind) in guest.binds.clone().into_iter().enumerate() {
+            if let Some(HugePages { volume, page }) = rootfs::huge_pages(&bind.source) {
+                guest.set_huge_pages(index, &volume, page);
+                continue;
+            }
             let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share), bind.live)?;
             if let Some(file) = &tree.file {
                 let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
@@ -147,6 +158,12 @@ impl Sandbox {
         to_agent.options = MessageField::some(any(SPEC_TYPE_URL, guest.to_json()));
         drop(guest);
         vm.agent.create(&to_agent).await.map_err(|e| self.explained(e))?;
+        if let Err(e) = self.run_hooks(container, Moment::Made).await {
+            // What is said is the hook's failure, whatever comes of this.
+            let _ = vm.agent.delete(id, "").await;
+            let _ = self.run_hooks(container, Moment::Deleted).await;
+            return Err(e.into());
+        }
         let process = Process::new("", stdio, named.copying(fifos, request.terminal).await?);
         container.set_init(process.clone());
         self.operator.counters.made(container.name());
@@ -167,6 +184,17 @@ impl Sandbox {
         self.events.publish(&Event::Create(event));
         self.watch_process(vm, container.clone(), process);
         Ok(())
+    }
+
+    /// Runs what the container wants run at this moment.
+    ///
+    /// # Errors
+    /// Of the first that fails.
+    pub(super) async fn run_hooks(&self, container: &Container, moment: Moment) -> Result<(), HookError> {
+        let Some((hooks, subject)) = container.hooks() else { return Ok(()) };
+        hooks.run(moment, subject).await.inspect_err(|e| {
+            log::warn!(container:% = container.id; "{}", crate::error::chain(e));
+        })
     }
 
     /// Shows a directory to the guest.
@@ -268,6 +296,16 @@ impl Sandbox {
         self.events.publish(&Event::ExecAdded(event));
         self.watch_process(vm, container.clone(), process);
         Ok(())
+    }
+}
+
+/// What hooks are told.
+fn subject(id: &str, bundle: &str, overview: &Overview) -> Subject {
+    Subject {
+        id: id.to_owned(),
+        bundle: bundle.to_owned(),
+        annotations: overview.annotations.clone(),
+        network: overview.network().filter(|path| !path.as_os_str().is_empty()).map(Path::to_owned),
     }
 }
 

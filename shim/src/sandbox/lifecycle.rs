@@ -10,6 +10,7 @@ use ttrpc::Code;
 
 use crate::agent::AgentError;
 use crate::clock;
+use crate::container::hooks::Moment;
 use crate::container::{Container, Exit, Phase, Process};
 use crate::error::TaskError;
 use crate::events::Event;
@@ -60,7 +61,9 @@ impl Sandbox {
         self.events.publish(&event);
         if exec_id.is_empty() {
             self.reached(id, "container running");
-            self.watch_oom(vm, container);
+            self.watch_oom(vm, container.clone());
+            // One that fails is logged, and the container goes on.
+            let _ = self.run_hooks(&container, Moment::Started).await;
         }
         Ok(pid)
     }
@@ -228,6 +231,8 @@ impl Sandbox {
             self.forget_fifos(&process.stdio);
         }
         self.unshare(&container).await;
+        // One that fails is logged, and the container is gone.
+        let _ = self.run_hooks(&container, Moment::Deleted).await;
         self.containers.lock().expect("no code panics while it holds this lock").remove(id);
         let (pid, exit) = (container.pid(), exit_of(&process));
         let mut event = TaskDelete::new();

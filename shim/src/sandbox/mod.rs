@@ -17,7 +17,8 @@ use crate::container::overview::Overview;
 use crate::container::{Container, Process};
 use crate::error::TaskError;
 use crate::events::Publisher;
-use crate::sandbox::boot::{BootError, Plan, Stage, Vm};
+use crate::sandbox::boot::{BootError, Hardware, Plan, Stage, Vm};
+use crate::sandbox::disks::Disk;
 use crate::sandbox::net::{Joined, NetError, Network};
 use crate::sandbox::operator::Operator;
 use crate::sandbox::pod::Extras;
@@ -33,6 +34,7 @@ pub mod console;
 pub mod control;
 pub mod create;
 pub mod forward;
+pub mod disks;
 pub mod guest_log;
 pub mod lifecycle;
 pub mod net;
@@ -153,6 +155,11 @@ impl Sandbox {
             true => cgroup::directories(&overview.linux.cgroups_path),
             false => Vec::new(),
         };
+        // A configuration that asks for what cannot be had is refused by `Create`, with the reason.
+        let disks = match Disk::open_all(&overview.disks().unwrap_or_default()) {
+            Ok(disks) => disks,
+            Err(cause) => return self.boot_failed(BootError::early(Stage::Disks, cause)),
+        };
         let spawned = |pid| {
             self.change_state(|state| {
                 state.vmm = ProcessId::of(pid);
@@ -167,7 +174,7 @@ impl Sandbox {
                 log::debug!("oom_score_adj {score} of the VMM: {e}");
             }
         };
-        match boot::boot(&plan, network, slot, &self.timeline, spawned).await {
+        match boot::boot(&plan, Hardware { network, disks }, slot, &self.timeline, spawned).await {
             Ok(vm) => {
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));

@@ -7,6 +7,7 @@
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod loop_device;
 pub mod netns;
 pub mod small_fs;
 pub mod tap;
@@ -16,6 +17,7 @@ pub mod vm;
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
 pub use containerd::{Containerd, Setup};
+pub use loop_device::LoopDevice;
 pub use netns::Netns;
 pub use small_fs::SmallFs;
 pub use tap::Tap;

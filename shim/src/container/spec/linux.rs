@@ -3,48 +3,40 @@
 use agent_api::CONTAINER_NAMESPACE;
 use serde_json::{Map, Value, json};
 
+use super::devices::{self, Disks};
 use super::{Place, SpecError, field, object};
 use crate::container::overview::Role;
-
-/// Character devices that exist in every guest: (major, minor), the latter `None` for all.
-const GUEST_DEVICES: [(i64, Option<i64>); 4] = [(1, None), (5, None), (10, Some(200)), (10, Some(229))];
 
 pub(super) fn rewrite(
     linux: &mut Map<String, Value>,
     role: Role,
     place: Place<'_>,
     warnings: &mut Vec<String>,
-) -> Result<(), SpecError> {
+) -> Result<Disks, SpecError> {
     linux.insert("cgroupsPath".into(), format!("/ctvm/{}", place.id).into());
     linux.remove("mountLabel");
     linux.remove("intelRdt");
     // The container's tree has no peers in the guest, and shares do what can be done (`Bind::live`).
     linux.remove("rootfsPropagation");
     rewrite_namespaces(linux, role, place)?;
-    if let Some(devices) = linux.get_mut("devices") {
-        let list = devices.as_array_mut().ok_or_else(|| field("linux.devices", "a list"))?;
-        let before = list.len();
-        list.retain(is_in_every_guest);
-        if list.len() < before {
-            warnings.push(format!("{} device(s) of the host are left out", before - list.len()));
-        }
-        if list.is_empty() {
-            linux.remove("devices");
-        }
-    }
+    let disks = devices::rewrite(linux, warnings)?;
     if let Some(resources) = linux.get_mut("resources") {
         let resources = object(resources, "linux.resources")?;
-        for (name, what) in [
-            ("blockIO", "block I/O limits"),
-            ("network", "network classes"),
-            ("rdma", "RDMA limits"),
-            ("hugepageLimits", "huge page limits"),
-        ] {
+        for (name, what) in
+            [("blockIO", "block I/O limits"), ("network", "network classes"), ("rdma", "RDMA limits")]
+        {
             let asked = |v: &Value| {
                 v.as_object().is_some_and(|o| !o.is_empty()) || v.as_array().is_some_and(|a| !a.is_empty())
             };
             if resources.remove(name).as_ref().is_some_and(asked) {
                 warnings.push(format!("{what} are left out: they are about the host"));
+            }
+        }
+        // Kubernetes names every size of the host's pages, most of them with none.
+        if let Some(Value::Array(limits)) = resources.get_mut("hugepageLimits") {
+            limits.retain(|limit| limit["limit"] != 0);
+            if limits.is_empty() {
+                resources.remove("hugepageLimits");
             }
         }
         if let Some(Value::Object(cpu)) = resources.get_mut("cpu") {
@@ -56,7 +48,7 @@ pub(super) fn rewrite(
         seccomp.remove("listenerPath");
         seccomp.remove("listenerMetadata");
     }
-    Ok(())
+    Ok(disks)
 }
 
 /// The VM is the pod: what containers of a pod share of each other are the guest's own namespaces.
@@ -96,13 +88,4 @@ fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'
 /// `N` of `/proc/N/ns/pid`.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
-}
-
-fn is_in_every_guest(device: &Value) -> bool {
-    let number = |name| device.get(name).and_then(Value::as_i64).unwrap_or(-1);
-    let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
-    matches!(kind, "c" | "u")
-        && GUEST_DEVICES
-            .iter()
-            .any(|(major, minor)| *major == number("major") && minor.is_none_or(|m| m == number("minor")))
 }

@@ -3,7 +3,8 @@
 use super::{Bind, GuestSpec, Place, SHM, SpecError, field, object, strings, text};
 
 /// Kinds of mount that the guest's runtime makes by itself.
-const GUEST_KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+const GUEST_KINDS: [&str; 8] =
+    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "hugetlbfs"];
 
 impl GuestSpec {
     pub(super) fn rewrite_mounts(&mut self, place: Place<'_>) -> Result<(), SpecError> {

@@ -31,7 +31,7 @@ const CTR: &str = r#"{
         "cgroupsPath": "/default/web",
         "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/proc/9/ns/ipc"}, {"type": "uts"}, {"type": "mount"},
             {"type": "network", "path": "/var/run/netns/x"}],
-        "devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}, {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
+        "devices": [{"path": "/dev/xvda", "type": "b", "major": 7, "minor": 4, "fileMode": 384, "uid": 5}, {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
         "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"], "listenerPath": "/run/s", "syscalls": []},
         "rootfsPropagation": "rshared", "maskedPaths": ["/proc/kcore"], "newerField": {"kept": true}
     }
@@ -73,7 +73,6 @@ fn what_belongs_to_the_host_is_gone() {
         "/proc/9",
         "apparmor.d",
         "0-3",
-        "/dev/kvm",
         "/run/s\"",
         "/srv/data",
         "rshared",
@@ -82,10 +81,67 @@ fn what_belongs_to_the_host_is_gone() {
     }
     let namespaces = spec.config["linux"]["namespaces"].to_string();
     assert_eq!(namespaces, r#"[{"type":"pid"},{"type":"uts"},{"type":"mount"}]"#);
-    assert_eq!(spec.config["linux"]["devices"].as_array().unwrap().len(), 1);
-    assert!(spec.warnings.iter().any(|w| w.contains("hooks")), "{:?}", spec.warnings);
     assert!(spec.warnings.iter().any(|w| w.contains("AppArmor")), "{:?}", spec.warnings);
+}
+
+#[test]
+fn block_devices_become_disks_of_the_vm() {
+    let allow = json!({"allow": true, "type": "b", "major": 7, "minor": 4, "access": "rm"});
+    let mut spec = with(|c| {
+        c["linux"]["resources"]["devices"].as_array_mut().unwrap().push(allow.clone());
+        c["linux"]["devices"].as_array_mut().unwrap().reverse();
+    })
+    .unwrap();
+    let disk = HostDisk { path: "/dev/xvda".into(), major: 7, minor: 4, read_only: true };
+    assert_eq!(spec.disks, [disk]);
+    spec.set_disk(0, 2);
+    let devices = spec.config["linux"]["devices"].as_array().unwrap();
+    assert_eq!((devices.len(), &devices[0]["path"]), (2, &json!("/dev/fuse")));
+    assert_eq!((&devices[1]["major"], &devices[1]["minor"]), (&json!(-1), &json!(2)));
+    assert_eq!((&devices[1]["fileMode"], &devices[1]["uid"]), (&json!(384), &json!(5)), "as it was");
+}
+
+#[test]
+fn hooks_of_the_container_go_with_it_and_those_of_its_namespaces_are_refused() {
+    let spec = with(|c| c["hooks"]["startContainer"] = json!([{"path": "/bin/in-container"}])).unwrap();
+    assert_eq!(spec.config["hooks"], json!({"startContainer": [{"path": "/bin/in-container"}]}));
+    assert!(rewritten().config.get("hooks").is_none());
+    let e = with(|c| c["hooks"]["createContainer"] = json!([{"path": "/usr/bin/cdi"}])).unwrap_err();
+    assert!(e.to_string().contains("createContainer hook \"/usr/bin/cdi\" cannot be run"), "{e}");
+}
+
+#[test]
+fn huge_pages_are_the_guests_own() {
+    let mut spec = with(|c| {
+        let limits = json!([{"pageSize": "2MB", "limit": 4_194_304}, {"pageSize": "1GB", "limit": 0}]);
+        c["linux"]["resources"]["hugepageLimits"] = limits;
+    })
+    .unwrap();
+    let limits = &spec.config["linux"]["resources"]["hugepageLimits"];
+    assert_eq!(*limits, json!([{"pageSize": "2MB", "limit": 4_194_304}]));
+    spec.set_huge_pages(1, "2a-7", 2 << 20);
+    let mount = &spec.config["mounts"][5];
+    assert_eq!((&mount["type"], &mount["destination"]), (&json!("hugetlbfs"), &json!("/data")));
+    assert_eq!(mount["source"], "ctvm-huge-pages-2a-7");
+    assert_eq!(mount["options"].to_string(), r#"["pagesize=2097152","ro","nosuid","nodev"]"#);
+    assert!(rewritten().config["linux"]["resources"].get("hugepageLimits").is_none(), "none of them");
+    assert_eq!(crate::container::rootfs::huge_pages(Path::new("/proc")), None);
+}
+
+#[test]
+fn devices_of_the_host_are_refused_or_left_out() {
+    let kvm = json!({"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232});
+    let e = with(|c| c["linux"]["devices"][0] = kvm.clone()).unwrap_err();
+    assert!(e.to_string().contains("device \"/dev/kvm\" (c 10:232) is the host's"), "{e}");
+    let spec = with(|c| {
+        c["linux"]["devices"][0] = kvm.clone();
+        c["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    });
+    let spec = spec.unwrap();
+    assert_eq!(spec.config["linux"]["devices"].as_array().unwrap().len(), 1);
     assert!(spec.warnings.iter().any(|w| w.contains("1 device(s)")), "{:?}", spec.warnings);
+    let e = with(|c| c["linux"]["devices"] = json!({})).unwrap_err();
+    assert!(e.to_string().contains("linux.devices is missing or not a list"), "{e}");
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use e2e::command::wait_until;
-use e2e::run;
-use k8s_cri::v1::{Mount, MountPropagation};
+use e2e::{LoopDevice, run};
+use k8s_cri::v1::{Device, HugepageLimit, Mount, MountPropagation};
 
 use super::{Case, Ground, case, host_only};
 use crate::Pod;
@@ -35,6 +35,8 @@ pub(super) const CASES: &[Case] = &[
         PEERS,
     ),
     case("an rshared volume is usable", shared_usable),
+    case("a block device of the host (raw block volume)", block_device),
+    case("an emptyDir of huge pages, within its limit", huge_pages),
 ];
 
 fn with(pod: &Pod, mounts: Vec<Mount>, script: &str) -> Result<String> {
@@ -277,4 +279,43 @@ fn shared_usable(on: &Ground) -> Result<()> {
         ensure!(host.join("f").exists(), "the file is not on the host");
         Ok(())
     })
+}
+
+fn block_device(on: &Ground) -> Result<()> {
+    let pod = on.pod()?;
+    let disk = LoopDevice::with(&[b'x'; 4096])?;
+    let script = "head -c 3 /dev/xvda; dd if=/dev/zero of=/dev/xvda bs=512 count=1 conv=fsync 2>/dev/null";
+    let mut config = pod.container(&["sh", "-c", script]);
+    config.devices.push(Device {
+        container_path: "/dev/xvda".into(),
+        host_path: disk.name().to_owned(),
+        permissions: "rwm".into(),
+    });
+    let got = pod.finish(&config)?.ok()?;
+    let content = disk.content()?;
+    ensure!(got == "xxx" && content[..512] == [0; 512] && content[512] == b'x', "{got:?}");
+    pod.end()
+}
+
+fn huge_pages(on: &Ground) -> Result<()> {
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    let host = folder.path().join("pages");
+    fs::create_dir(&host)?;
+    run(Command::new("mount").args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"]).arg(&host))?.ok()?;
+    let _pages = Mounted(host.clone());
+    // The host's own, for a runtime without another kernel.
+    fs::write("/proc/sys/vm/nr_hugepages", "2")?;
+    let pod = on.pod()?;
+    let script = "grep -q ' /huge hugetlbfs ' /proc/mounts && fallocate -l 4194304 /huge/f && \
+                  grep HugePages_Total /proc/meminfo";
+    let mut config = pod.container(&["sh", "-c", script]);
+    config.mounts = vec![mount(&host, "/huge")];
+    let linux = config.linux.get_or_insert_default();
+    linux.resources.get_or_insert_default().hugepage_limits =
+        vec![HugepageLimit { page_size: "2MB".into(), limit: 4 << 20 }];
+    let done = pod.finish(&config).and_then(|done| done.ok());
+    fs::write("/proc/sys/vm/nr_hugepages", "0")?;
+    let total = done?;
+    ensure!(total.split_whitespace().last() == Some("2"), "{total:?}");
+    pod.end()
 }

@@ -1,0 +1,149 @@
+//! Devices of a container by this guest's numbers: disks of the VM are found by their serial numbers, and what the kernel
+//! does not have is said before a container is made that could not open it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use agent_api::{DISK_MAJOR, disk_serial};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+
+/// A device that this guest does not have.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk.
+    #[error("device {path}: this VM has no disk with serial number {serial:?}")]
+    NoDisk {
+        /// In the container.
+        path: PathBuf,
+        /// What was looked for.
+        serial: String,
+    },
+    /// Another device.
+    #[error("device {path}: the guest's kernel has no {kind} device {major}:{minor}")]
+    NotThere {
+        /// In the container.
+        path: PathBuf,
+        /// `character` or `block`.
+        kind: &'static str,
+        /// Its number.
+        major: i64,
+        /// Its number.
+        minor: i64,
+    },
+    /// What the kernel knows cannot be read.
+    #[error("device {path}: reading {file}")]
+    Read {
+        /// In the container.
+        path: PathBuf,
+        /// Which file.
+        file: PathBuf,
+        /// Why not.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// Gives the devices of `spec` the numbers that they have here.
+pub fn resolve(spec: &mut Spec) -> Result<(), DeviceError> {
+    resolve_in(Path::new("/sys"), spec)
+}
+
+fn resolve_in(sys: &Path, spec: &mut Spec) -> Result<(), DeviceError> {
+    let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
+    let Some(mut devices) = linux.devices().clone() else { return Ok(()) };
+    for device in &mut devices {
+        match (device.typ(), device.major()) {
+            (LinuxDeviceType::B, DISK_MAJOR) => {
+                let (major, minor) = disk(sys, device)?;
+                device.set_major(major).set_minor(minor);
+            }
+            (LinuxDeviceType::B, _) => must_exist(sys, "block", device)?,
+            (LinuxDeviceType::C | LinuxDeviceType::U, _) => must_exist(sys, "char", device)?,
+            _ => {}
+        }
+    }
+    linux.set_devices(Some(devices));
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+/// Numbers of the disk that `device` means.
+fn disk(sys: &Path, device: &LinuxDevice) -> Result<(i64, i64), DeviceError> {
+    let path = device.path();
+    let unread = |file: &Path, cause| DeviceError::Read { path: path.clone(), file: file.to_owned(), cause };
+    let none = |serial| DeviceError::NoDisk { path: path.clone(), serial };
+    let number = u32::try_from(device.minor()).map_err(|_| none(device.minor().to_string()))?;
+    let serial = disk_serial(number);
+    let all = sys.join("block");
+    for entry in std::fs::read_dir(&all).map_err(|cause| unread(&all, cause))? {
+        let entry = entry.map_err(|cause| unread(&all, cause))?.path();
+        // Not every block device has one.
+        if std::fs::read_to_string(entry.join("serial")).is_ok_and(|found| found.trim_end() == serial) {
+            let file = entry.join("dev");
+            let text = std::fs::read_to_string(&file).map_err(|cause| unread(&file, cause))?;
+            let numbers = text.trim_end().split_once(':');
+            let numbers = numbers.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+            return numbers.ok_or_else(|| unread(&file, io::ErrorKind::InvalidData.into()));
+        }
+    }
+    Err(none(serial))
+}
+
+fn must_exist(sys: &Path, folder: &'static str, device: &LinuxDevice) -> Result<(), DeviceError> {
+    let (major, minor) = (device.major(), device.minor());
+    if sys.join("dev").join(folder).join(format!("{major}:{minor}")).exists() {
+        return Ok(());
+    }
+    let kind = if folder == "char" { "character" } else { folder };
+    Err(DeviceError::NotThere { path: device.path().clone(), kind, major, minor })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two disks, of which one has a serial number of ours, and one character device.
+    fn sys() -> tempfile::TempDir {
+        let sys = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let file = sys.path().join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, text).unwrap();
+        };
+        write("block/vda/serial", "ctvm-root");
+        write("block/vda/dev", "254:0\n");
+        write("block/vdb/dev", "254:16\n");
+        write("block/vdb/serial", "ctvm-disk-0\n");
+        write("block/ram0/dev", "1:0\n");
+        write("dev/char/1:3/uevent", "");
+        sys
+    }
+
+    fn numbers(device: &str) -> Result<(i64, i64), DeviceError> {
+        let text = format!(r#"{{"ociVersion":"1.1.0","linux":{{"devices":[{device}]}}}}"#);
+        let mut spec: Spec = serde_json::from_str(&text).unwrap();
+        resolve_in(sys().path(), &mut spec)?;
+        let devices = spec.linux().as_ref().unwrap().devices().clone().unwrap();
+        Ok((devices[0].major(), devices[0].minor()))
+    }
+
+    #[test]
+    fn a_disk_is_found_by_its_serial_number() {
+        let disk = |number: i64| {
+            numbers(&format!(r#"{{"path":"/dev/xvda","type":"b","major":-1,"minor":{number}}}"#))
+        };
+        assert_eq!(disk(0).unwrap(), (254, 16));
+        let error = disk(1).unwrap_err().to_string();
+        assert_eq!(error, "device /dev/xvda: this VM has no disk with serial number \"ctvm-disk-1\"");
+        assert!(matches!(disk(-5), Err(DeviceError::NoDisk { .. })));
+    }
+
+    #[test]
+    fn what_the_kernel_has_not_is_said_by_path_and_number() {
+        assert_eq!(numbers(r#"{"path":"/dev/null","type":"c","major":1,"minor":3}"#).unwrap(), (1, 3));
+        let error = numbers(r#"{"path":"/dev/net/tun","type":"c","major":10,"minor":200}"#).unwrap_err();
+        let text = "device /dev/net/tun: the guest's kernel has no character device 10:200";
+        assert_eq!(error.to_string(), text);
+        assert!(numbers(r#"{"path":"/dev/x","type":"b","major":254,"minor":0}"#).is_err());
+    }
+}

@@ -1,0 +1,141 @@
+//! Devices of the host in a container: block devices as disks of the VM, those of every Linux as the guest's, others not.
+#![cfg(feature = "lab")]
+
+use std::sync::LazyLock;
+
+use anyhow::{Result, ensure};
+use e2e::{Containerd, Finished, LoopDevice, run};
+
+/// One containerd for all tests of this file; they use different container ids.
+static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
+
+/// `ctr run --rm` with these options; its record is removed if it could not be made.
+fn sh(id: &str, options: &[&str], script: &str) -> Result<Finished> {
+    let options: Vec<&str> = ["--rm"].iter().chain(options).copied().collect();
+    let finished = CONTAINERD.run(&options, id, &["sh", "-c", script])?;
+    run(CONTAINERD.ctr().args(["containers", "rm", id]))?;
+    Ok(finished)
+}
+
+/// A MiB that differs from block to block.
+fn pattern() -> Vec<u8> {
+    (0..1 << 20).map(|at: u32| (at / 512 + at) as u8).collect()
+}
+
+#[test]
+fn a_block_device_is_read_and_written_from_both_sides() -> Result<()> {
+    let disk = LoopDevice::with(&pattern())?;
+    // In reverse, to the second half, by as many bytes as a disk can take at once.
+    let script = format!(
+        "set -e; d={}; stat -c '%F %t:%T' $d; blockdev --getsize64 $d; md5sum < $d; \
+         dd if=$d of=/half bs=512k count=1 2>/dev/null; dd if=/half of=$d bs=512k seek=1 conv=fsync 2>/dev/null",
+        disk.name()
+    );
+    let done = sh("disk", &["--device", disk.name()], &script)?;
+    ensure!(done.code == 0, "{done:?}");
+    let lines: Vec<String> = done.text().lines().map(str::to_owned).collect();
+    ensure!(lines[0].starts_with("block special file ") && !lines[0].ends_with(" 7:0"), "{lines:?}");
+    ensure!(lines[1] == (1 << 20).to_string(), "{lines:?}");
+    let image = tempfile::NamedTempFile::new()?;
+    std::fs::write(image.path(), pattern())?;
+    let sum = run(std::process::Command::new("md5sum").arg(image.path()))?.ok()?;
+    ensure!(lines[2].split(' ').next() == sum.split(' ').next(), "{lines:?}, on the host {sum}");
+    let (before, after) = (pattern(), disk.content()?);
+    ensure!(after[..1 << 19] == before[..1 << 19], "the first half changed");
+    ensure!(after[1 << 19..] == before[..1 << 19], "the second half is not the first");
+    Ok(())
+}
+
+#[test]
+fn several_block_devices_are_at_their_paths() -> Result<()> {
+    let disks = (0..3).map(|n: u8| LoopDevice::with(&[b'a' + n; 4096])).collect::<Result<Vec<_>>>()?;
+    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--device", disk.name()]).collect();
+    let names: Vec<&str> = disks.iter().map(LoopDevice::name).collect();
+    let done = sh("disks", &options, &format!("for d in {}; do head -c 1 $d; done", names.join(" ")))?;
+    assert_eq!(done.ok()?, "abc");
+    Ok(())
+}
+
+#[test]
+fn a_block_device_that_is_read_only_stays_so() -> Result<()> {
+    let disk = LoopDevice::read_only(&pattern())?;
+    let script =
+        format!("head -c 4 {0} | wc -c; dd if=/dev/zero of={0} bs=512 count=1 conv=fsync", disk.name());
+    let done = sh("disk-ro", &["--device", disk.name()], &script)?;
+    ensure!(done.code != 0 && done.text() == "4", "{done:?}");
+    ensure!(disk.content()? == pattern(), "it was written to");
+    Ok(())
+}
+
+#[test]
+fn the_guest_has_the_devices_of_every_linux() -> Result<()> {
+    let done = sh("fuse", &["--device", "/dev/fuse"], "exec 3<>/dev/fuse; stat -c %t:%T /dev/fuse")?;
+    assert_eq!(done.ok()?, "a:e5");
+    Ok(())
+}
+
+#[test]
+fn other_devices_are_refused_by_path() -> Result<()> {
+    let done = sh("kvm", &["--device", "/dev/kvm"], "true")?;
+    ensure!(
+        done.code != 0 && done.errors().contains("device \"/dev/kvm\" (c 10:232) is the host's"),
+        "{done:?}"
+    );
+    // The next one works.
+    sh("after-kvm", &[], "true")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_privileged_container_has_no_device_of_the_host() -> Result<()> {
+    let disk = LoopDevice::with(&pattern())?;
+    let script = format!("ls {0} || echo none; test -c /dev/null && echo null", disk.name());
+    let done = sh("privileged", &["--privileged"], &script)?;
+    assert_eq!(done.ok()?, "none\nnull");
+    Ok(())
+}
+
+#[test]
+fn a_bind_of_a_block_device_is_refused_and_one_of_what_is_mounted_from_it_works() -> Result<()> {
+    let disk = LoopDevice::with(&vec![0; 16 << 20])?;
+    let bind = |source: &str| format!("type=bind,src={source},dst=/data,options=rbind:rw");
+    let done = sh("bind-node", &["--mount", &bind(disk.name())], "true")?;
+    ensure!(done.code != 0 && done.errors().contains("give it to the container as a device"), "{done:?}");
+    ensure!(done.errors().contains(disk.name()), "{done:?}");
+
+    run(std::process::Command::new("mkfs.ext4").arg("-q").arg(disk.node()))?.ok()?;
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    run(std::process::Command::new("mount").arg(disk.node()).arg(folder.path()))?.ok()?;
+    let done =
+        sh("bind-mounted", &["--mount", &bind(&folder.path().display().to_string())], "echo x > /data/f");
+    let written = std::fs::read_to_string(folder.path().join("f"));
+    run(std::process::Command::new("umount").arg(folder.path()))?.ok()?;
+    done?.ok()?;
+    assert_eq!(written?, "x\n");
+    Ok(())
+}
+
+#[test]
+fn more_block_devices_than_a_vm_can_have_are_refused_with_the_limit() -> Result<()> {
+    let disks = (0..8).map(|_| LoopDevice::with(&[0; 512])).collect::<Result<Vec<_>>>()?;
+    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--device", disk.name()]).collect();
+    let done = sh("too-many", &options, "true")?;
+    ensure!(done.code != 0 && done.errors().contains("at most 7 become disks of a VM"), "{done:?}");
+    Ok(())
+}
+
+#[test]
+fn huge_pages_are_the_guests_or_refused_with_the_reason() -> Result<()> {
+    let mount = "type=hugetlbfs,src=none,dst=/huge,options=pagesize=2M";
+    let script = "grep -q ' /huge hugetlbfs ' /proc/mounts && echo mounted";
+    let has = sh("has-huge", &[], "grep -c hugetlbfs /proc/filesystems")?.text() == "1";
+    let done = sh("huge", &["--mount", mount], script)?;
+    if has {
+        assert_eq!(done.ok()?, "mounted");
+    } else {
+        let said =
+            "volume of huge pages at \"/huge\": the guest's kernel has no huge pages (CONFIG_HUGETLBFS)";
+        ensure!(done.code != 0 && done.errors().contains(said), "{done:?}");
+    }
+    Ok(())
+}
