@@ -30,5 +30,6 @@ pub mod sandbox;
 pub mod serve;
 pub mod service;
 pub mod start;
+pub mod streaming;
 pub mod vmm;
 pub mod watched;

@@ -19,7 +19,7 @@ use crate::sandbox::pod::Extras;
 use crate::sandbox::timeline::SHIM_START;
 use crate::sandbox::{Sandbox, operator};
 use crate::vmm::ControlSlot;
-use crate::{clock, logger, paths, pod_service, service};
+use crate::{clock, logger, paths, pod_service, service, streaming};
 
 /// How long the answer to `Shutdown` and the last events have to leave.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
@@ -83,6 +83,7 @@ async fn serve(
         server = server.register_service(table);
     }
     server = server.register_service(pod_service::service(&sandbox));
+    server = server.register_service(streaming::service(&sandbox.streaming));
     if let Some(overview) = overview {
         let (booting, config) = (sandbox.clone(), sandbox.config.clone());
         tokio::spawn(async move { booting.boot(&overview, Extras::default(), config, &mut slot).await });

@@ -6,6 +6,7 @@
 //! logger <─ pipe ── splice <─┤  binary://…
 //!   file <───────── write  <─┘  file://…
 //! ```
+//! In place of a fifo there may be a pipe of our own, whose other end is a stream of containerd's ([`streaming`](crate::streaming)).
 //!
 //! Bytes move inside the kernel (`splice`): this process holds none of them, and a slow reader slows the guest down,
 //! through the pipe and the stream's credit, instead of filling memory. A file is the exception: it cannot be spliced to
@@ -37,14 +38,16 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::container::logger::{self, Logger, LoggerError, Owner};
+use crate::streaming::Desk;
+use crate::streaming::pump::{self, Pump};
 use crate::watched::watch as watch_fd;
 
 /// Where a process's streams go, in containerd's words. Empty is nowhere.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stdio {
-    /// Fifo to read from.
+    /// Fifo to read from, or the URI of a stream of the sandbox's own socket (`ttrpc+unix://`).
     pub stdin: String,
-    /// Fifo to write to, or the URI of a file (`file://`) or of a logger (`binary://`).
+    /// Fifo to write to, or the URI of a stream, a file (`file://`) or a logger (`binary://`).
     pub stdout: String,
     /// The same; unused with a terminal.
     pub stderr: String,
@@ -68,7 +71,9 @@ impl Stdio {
 #[derive(Debug, thiserror::Error)]
 pub enum IoError {
     /// Not a path, and of no known kind.
-    #[error("{stream} {uri:?}: supported are a fifo's path and, for output, file:// and binary://")]
+    #[error(
+        "{stream} {uri:?}: supported are a fifo's path, a stream of this sandbox's socket (ttrpc+unix://) and, for output, file:// and binary://"
+    )]
     Scheme {
         /// Which stream.
         stream: &'static str,
@@ -120,6 +125,7 @@ pub struct Fifos {
     stdout: Option<Output>,
     stderr: Option<Output>,
     logger: Option<Logger>,
+    pumps: Vec<Pump>,
 }
 
 /// Where an output goes.
@@ -143,14 +149,21 @@ pub struct Streams {
 }
 
 impl Fifos {
-    /// Opens what `stdio` names, and starts its logger.
+    /// Opens what `stdio` names, and starts its logger. Streams are those of `desk`.
     ///
     /// # Errors
     /// See [`IoError`].
-    pub async fn open(stdio: &Stdio, owner: Owner<'_>) -> Result<Self, IoError> {
-        let stdin = match stdio.stdin.as_str() {
-            "" => None,
-            path => {
+    pub async fn open(stdio: &Stdio, owner: Owner<'_>, desk: &Arc<Desk>) -> Result<Self, IoError> {
+        let mut pumps = Vec::new();
+        let stdin = match (stdio.stdin.as_str(), desk.id_in(&stdio.stdin)) {
+            ("", _) => None,
+            (uri, Some(id)) => {
+                let made = pump::input(desk, &id);
+                let (reader, writer, pump) = made.map_err(|source| failed("stdin", uri, source))?;
+                pumps.push(pump);
+                Some((reader, writer))
+            }
+            (path, None) => {
                 let read = open_fifo("stdin", path, true, false)?;
                 Some((read, open_fifo("stdin", path, false, true)?))
             }
@@ -159,12 +172,16 @@ impl Fifos {
         if is_logger(stdout) && is_logger(stderr) && stdout != stderr {
             return Err(IoError::Loggers { stdout: stdout.to_owned(), stderr: stderr.to_owned() });
         }
-        let mut fifos = Fifos {
-            stdin,
-            stdout: output("stdout", stdout)?,
-            stderr: output("stderr", stderr)?,
-            logger: None,
+        let mut to = |stream, uri: &str| match desk.id_in(uri) {
+            Some(id) => {
+                let (pipe, pump) = pump::output(desk, &id).map_err(|source| failed(stream, uri, source))?;
+                pumps.push(pump);
+                Ok(Some(Output::Pipe(pipe)))
+            }
+            None => output(stream, uri),
         };
+        let (to_stdout, to_stderr) = (to("stdout", stdout)?, to("stderr", stderr)?);
+        let mut fifos = Fifos { stdin, stdout: to_stdout, stderr: to_stderr, logger: None, pumps };
         if let Some(uri) = [stdout, stderr].into_iter().find(|uri| is_logger(uri)) {
             let started = Logger::start(uri, owner).await;
             let (logger, inputs) =
@@ -179,6 +196,10 @@ impl Fifos {
         }
         Ok(fifos)
     }
+}
+
+fn failed(stream: &'static str, uri: &str, source: std::io::Error) -> IoError {
+    IoError::Open { stream, path: uri.to_owned(), source }
 }
 
 fn is_logger(uri: &str) -> bool {
@@ -227,6 +248,7 @@ pub struct Copying {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
     logger: Option<Logger>,
+    pumps: Vec<Pump>,
     /// What waits for a reader ends with it.
     kept: Option<watch::Sender<()>>,
     moved: Arc<AtomicU64>,
@@ -240,6 +262,7 @@ impl Copying {
     pub fn start(fifos: Fifos, streams: Streams, terminal: bool) -> std::io::Result<Self> {
         let mut copying = Copying::default();
         copying.logger = fifos.logger;
+        copying.pumps = fifos.pumps;
         let (kept, until_stopped) = watch::channel(());
         copying.kept = Some(kept);
         let stdout = streams.stdout.map(stream_fd).transpose()?.map(Arc::new);
@@ -331,6 +354,7 @@ impl Copying {
         }
         self.logger = None;
         self.kept = None;
+        self.pumps.clear();
     }
 }
 
@@ -430,6 +454,10 @@ mod tests {
 
     const OWNER: Owner<'_> = Owner { namespace: "test", id: "web" };
 
+    fn desk() -> Arc<Desk> {
+        Desk::new("/run/containerd/s/test".as_ref())
+    }
+
     fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
         let path = dir.path().join(name);
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
@@ -447,7 +475,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (input, output) = (fifo(&dir, "in"), fifo(&dir, "out"));
         let stdio = Stdio { stdin: text(&input), stdout: text(&output), ..Stdio::default() };
-        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
+        let fifos = Fifos::open(&stdio, OWNER, &desk()).await.unwrap();
         let (guest_in, shim_in) = UnixStream::pair().unwrap();
         let (guest_out, shim_out) = UnixStream::pair().unwrap();
         let streams = Streams { stdin: Some(shim_in), stdout: Some(shim_out), stderr: None };
@@ -490,7 +518,7 @@ mod tests {
             stderr: "/nonexistent, and not opened with a terminal".into(),
             terminal: true,
         };
-        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
+        let fifos = Fifos::open(&stdio, OWNER, &desk()).await.unwrap();
         let (mut guest, shim) = UnixStream::pair().unwrap();
         let streams = Streams { stdout: Some(shim), ..Streams::default() };
         let _copying = Copying::start(fifos, streams, true).unwrap();
@@ -514,7 +542,8 @@ mod tests {
         let stdio = Stdio { stdout: text(&output), ..Stdio::default() };
         let (mut guest, shim) = UnixStream::pair().unwrap();
         let streams = Streams { stdout: Some(shim), ..Streams::default() };
-        let mut copying = Copying::start(Fifos::open(&stdio, OWNER).await.unwrap(), streams, false).unwrap();
+        let mut copying =
+            Copying::start(Fifos::open(&stdio, OWNER, &desk()).await.unwrap(), streams, false).unwrap();
         // Opened while we hold the other end, as clients do.
         let mut client = std::fs::File::open(&output).unwrap();
         guest.write_all(b"before").unwrap();
@@ -536,7 +565,7 @@ mod tests {
     async fn said(stdio: &Stdio, out: &[u8], err: &[u8]) {
         let (mut guest_out, shim_out) = UnixStream::pair().unwrap();
         let (mut guest_err, shim_err) = UnixStream::pair().unwrap();
-        let fifos = Fifos::open(stdio, OWNER).await.unwrap();
+        let fifos = Fifos::open(stdio, OWNER, &desk()).await.unwrap();
         let streams = Streams { stdin: None, stdout: Some(shim_out), stderr: Some(shim_err) };
         let mut copying = Copying::start(fifos, streams, false).unwrap();
         guest_out.write_all(out).unwrap();
@@ -569,7 +598,7 @@ mod tests {
         // More than the streams hold: it is copied while it comes.
         let (mut guest_out, shim_out) = UnixStream::pair().unwrap();
         let (mut guest_err, shim_err) = UnixStream::pair().unwrap();
-        let fifos = Fifos::open(&stdio, OWNER).await.unwrap();
+        let fifos = Fifos::open(&stdio, OWNER, &desk()).await.unwrap();
         let streams = Streams { stdin: None, stdout: Some(shim_out), stderr: Some(shim_err) };
         let mut copying = Copying::start(fifos, streams, false).unwrap();
         let bytes = out.clone();
@@ -588,9 +617,11 @@ mod tests {
     async fn what_cannot_be_used_is_refused_by_name() {
         let open = async |stdout: &str, stderr: &str| {
             let stdio = Stdio { stdout: stdout.into(), stderr: stderr.into(), ..Stdio::default() };
-            crate::error::chain(&Fifos::open(&stdio, OWNER).await.unwrap_err())
+            crate::error::chain(&Fifos::open(&stdio, OWNER, &desk()).await.unwrap_err())
         };
-        assert!(open("ttrpc+unix:///run/x", "").await.contains("supported are a fifo's path"));
+        for other in ["ttrpc+unix:///run/x?streaming_id=a", "grpc+unix:///run/x", "binary-v2:///a"] {
+            assert!(open(other, "").await.contains("supported are a fifo's path"), "{other}");
+        }
         assert!(open("/dev/null", "").await.contains("stdout \"/dev/null\" is not a fifo"));
         assert!(open("/nonexistent/fifo", "").await.starts_with("opening stdout"));
         assert!(open("file://relative", "").await.contains("supported are"));
@@ -599,7 +630,10 @@ mod tests {
         let text = open("binary:///no/such?a=b", "").await;
         assert!(text.contains("starting \"/no/such\": No such file"), "{text}");
         let stdin = Stdio { stdin: "file:///etc/passwd".into(), ..Stdio::default() };
-        assert!(matches!(Fifos::open(&stdin, OWNER).await, Err(IoError::Scheme { stream: "stdin", .. })));
+        assert!(matches!(
+            Fifos::open(&stdin, OWNER, &desk()).await,
+            Err(IoError::Scheme { stream: "stdin", .. })
+        ));
     }
 
     #[tokio::test]
@@ -607,7 +641,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir, "out");
         let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
-        let fifos = Fifos::open(&stdio, Owner { namespace: "n", id: "c" }).await.unwrap();
+        let fifos = Fifos::open(&stdio, Owner { namespace: "n", id: "c" }, &desk()).await.unwrap();
         let (ours, mut guests) = UnixStream::pair().unwrap();
         let streams = Streams { stdout: Some(ours), ..Streams::default() };
         let mut copying = Copying::start(fifos, streams, false).unwrap();

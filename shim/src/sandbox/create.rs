@@ -103,7 +103,7 @@ impl Sandbox {
         let bundle = Path::new(&request.bundle);
         // What can be wrong on this side comes first, before the guest is asked for anything.
         let stdio = stdio_of_create(request);
-        let fifos = Fifos::open(&stdio, Owner { namespace: &self.namespace, id }).await?;
+        let fifos = Fifos::open(&stdio, Owner { namespace: &self.namespace, id }, &self.streaming).await?;
         self.note_fifos(&stdio);
         let config_path = bundle.join("config.json");
         let config = std::fs::read(&config_path)
@@ -259,7 +259,7 @@ impl Sandbox {
             terminal: request.terminal,
         };
         let owner = Owner { namespace: &self.namespace, id: &request.exec_id };
-        let fifos = Fifos::open(&stdio, owner).await?;
+        let fifos = Fifos::open(&stdio, owner, &self.streaming).await?;
         self.note_fifos(&stdio);
         let made = self.make_exec(&container, &request, &spec.value, &stdio, fifos).await;
         if made.is_err() {

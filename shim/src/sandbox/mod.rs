@@ -25,6 +25,7 @@ use crate::sandbox::pod::Extras;
 use crate::sandbox::pod_life::PodLife;
 use crate::sandbox::state_file::{ProcessId, State};
 use crate::sandbox::timeline::Timeline;
+use crate::streaming::Desk;
 use crate::vmm::ControlSlot;
 
 pub mod boot;
@@ -33,8 +34,8 @@ pub mod complaints;
 pub mod console;
 pub mod control;
 pub mod create;
-pub mod forward;
 pub mod disks;
+pub mod forward;
 pub mod guest_log;
 pub mod lifecycle;
 pub mod net;
@@ -61,6 +62,8 @@ pub struct Sandbox {
     pub timeline: Timeline,
     /// What its operator may ask.
     pub operator: Operator,
+    /// Streams of processes that containerd dials.
+    pub streaming: Arc<Desk>,
     namespace: String,
     state_dir: PathBuf,
     state: Mutex<State>,
@@ -115,6 +118,7 @@ impl Sandbox {
             events,
             timeline,
             operator: Operator::default(),
+            streaming: Desk::new(socket),
             namespace: namespace.to_owned(),
             state_dir: state_dir.to_owned(),
             state: Mutex::new(state),
@@ -151,14 +155,14 @@ impl Sandbox {
             Ok(network) => network,
             Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
         };
-        let groups = match self.config.host_cgroup {
-            true => cgroup::directories(&overview.linux.cgroups_path),
-            false => Vec::new(),
-        };
         // A configuration that asks for what cannot be had is refused by `Create`, with the reason.
         let disks = match Disk::open_all(&overview.disks().unwrap_or_default()) {
             Ok(disks) => disks,
             Err(cause) => return self.boot_failed(BootError::early(Stage::Disks, cause)),
+        };
+        let groups = match self.config.host_cgroup {
+            true => cgroup::directories(&overview.linux.cgroups_path),
+            false => Vec::new(),
         };
         let spawned = |pid| {
             self.change_state(|state| {

@@ -1,5 +1,5 @@
 //! A containerd with CRI, a CNI network of its own, and runtimes: ours with a pause container (`ctvm`), without (`ctvm-pod`,
-//! the Sandbox API) and with variants, and runc.
+//! the Sandbox API; `ctvm-stream`, the same with streams in place of fifos) and with variants, and runc.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -115,6 +115,10 @@ fn configuration(folder: &Path) -> Result<String> {
       sandbox_mode = "shim"
       privileged_without_host_devices = true
       pod_annotations = ["io.ctvm.*", "io.katacontainers.*"]
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.ctvm-stream]
+      runtime_type = "io.containerd.ctvm.v2"
+      sandboxer = "shim"
+      io_type = "streaming"
 {}{}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
 "#,
