@@ -26,6 +26,7 @@ pub mod logger;
 pub mod overview;
 pub mod rootfs;
 pub mod spec;
+pub mod stats_v1;
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -148,8 +149,8 @@ pub struct Container {
     oom_kills: AtomicU64,
     oom_exits: AtomicU64,
     name: OnceLock<String>,
-}
     hooks: OnceLock<(Hooks, Subject)>,
+}
 
 impl Container {
     /// A container that is about to be made.
@@ -166,8 +167,8 @@ impl Container {
             oom_kills: AtomicU64::new(0),
             oom_exits: AtomicU64::new(0),
             name: OnceLock::new(),
-        })
             hooks: OnceLock::new(),
+        })
     }
 
     /// Its first process is made.
@@ -255,7 +256,6 @@ impl Container {
         self.name.get().map_or(&self.id, String::as_str)
     }
 
-    /// Remembers a directory shown to the guest for it.
     /// It wants these run, and told of what. Only the first ones count.
     pub fn set_hooks(&self, hooks: Hooks, subject: Subject) {
         // Second ones would be the same, from the same configuration.
@@ -267,6 +267,7 @@ impl Container {
         self.hooks.get()
     }
 
+    /// Remembers a directory shown to the guest for it.
     pub fn add_share(&self, name: &str) {
         self.shares.lock().expect("no code panics while it holds this lock").push(name.to_owned());
     }

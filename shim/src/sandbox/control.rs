@@ -4,7 +4,7 @@ use agent_api::RESOURCES_TYPE_URL;
 use agent_api::task::{StatsRequest, StatsResponse, UpdateTaskRequest};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 
-use crate::container::{Phase, Process};
+use crate::container::{Phase, Process, stats_v1};
 use crate::error::TaskError;
 use crate::events::Event;
 use crate::sandbox::Sandbox;
@@ -65,14 +65,16 @@ impl Sandbox {
         vm.agent.update(&request).await.map_err(|e| self.explained(e))
     }
 
-    /// What a container has used, by the guest's counters.
+    /// What a container has used, by the guest's counters, in this host's shape.
     ///
     /// # Errors
     /// [`TaskError::Finished`] when its VM is gone, and the counters with it; whatever the agent says.
     pub async fn stats(&self, request: &StatsRequest) -> Result<StatsResponse, TaskError> {
         self.process(&request.id, "")?;
         let vm = self.running_vm().ok_or(TaskError::Finished)?;
-        vm.agent.stats(request).await.map_err(|e| self.explained(e))
+        let mut response = vm.agent.stats(request).await.map_err(|e| self.explained(e))?;
+        response.stats = response.stats.take().map(stats_v1::for_host).into();
+        Ok(response)
     }
 }
 

@@ -13,6 +13,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 
 use crate::clock;
+use crate::container::stats_v1;
 use crate::error::TaskError;
 use crate::sandbox::{Sandbox, pod};
 use crate::vmm::ControlSlot;
@@ -121,7 +122,7 @@ impl Sandbox {
         }
     }
 
-    /// `SandboxMetrics`: what all containers together have used, in containerd's message for control groups.
+    /// `SandboxMetrics`: what all containers together have used, in containerd's message for this host's control groups.
     ///
     /// # Errors
     /// [`TaskError::Finished`] without a VM; what the agent says.
@@ -133,7 +134,7 @@ impl Sandbox {
         let metrics = response.metrics.mut_or_insert_default();
         metrics.id.clone_from(&self.id);
         metrics.timestamp = MessageField::some(clock::timestamp());
-        metrics.data = stats.stats;
+        metrics.data = stats.stats.into_option().map(stats_v1::for_host).into();
         Ok(response)
     }
 
