@@ -4,7 +4,10 @@
 mod daemon;
 mod fake;
 mod forward;
+mod hooks;
 mod operator;
+mod pod;
+mod streaming;
 mod verbs;
 
 use std::fs;

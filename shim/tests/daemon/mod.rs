@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -104,6 +104,12 @@ impl Daemon {
             .unwrap();
     }
 
+    /// A bundle for a pod of the Sandbox API, which has no configuration.
+    pub fn make_pod_bundle(&self, id: &str) {
+        self.make_bundle(id, &["none"], None);
+        fs::remove_file(self.bundle(id).join("config.json")).unwrap();
+    }
+
     /// Runs the shim binary as containerd does.
     pub fn shim(&self, id: &str, action: &[&str], stdin: &[u8]) -> Output {
         let mut shim = Command::new(SHIM)
@@ -143,8 +149,12 @@ impl Daemon {
     }
 
     pub async fn connect(&self, id: &str) -> TaskClient {
-        let client = Client::connect(&self.start(id)).await.unwrap();
-        TaskClient::new(client)
+        TaskClient::new(self.client(id).await)
+    }
+
+    /// A connection on which any of the shim's services can be called.
+    pub async fn client(&self, id: &str) -> Client {
+        Client::connect(&self.start(id)).await.unwrap()
     }
 
     pub fn delete(&self, id: &str) -> DeleteResponse {
@@ -206,6 +216,32 @@ impl Drop for Daemon {
             let id = entry.file_name().to_string_lossy().into_owned();
             self.shim(&id, &["delete"], b"");
         }
+    }
+}
+
+/// A network namespace that a process of its own keeps. Its loopback is down.
+pub struct Netns(Child);
+
+impl Netns {
+    pub fn make() -> Netns {
+        let keeper = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap();
+        let own = fs::read_link("/proc/self/ns/net").unwrap();
+        let namespace = Netns(keeper);
+        while fs::read_link(namespace.path()).is_ok_and(|its| its == own) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        namespace
+    }
+
+    pub fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.0.id())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -4,13 +4,12 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd as _;
-use std::process::{Child, Command};
 use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::daemon::{
-    Daemon, create_request, ctx, delete, eventually, kill_request, shutdown, start_request, wait,
+    Daemon, Netns, create_request, ctx, delete, eventually, kill_request, shutdown, start_request, wait,
 };
 use crate::{fake, is_root};
 
@@ -19,12 +18,20 @@ const MAX_CONNECTIONS: usize = 256;
 /// Patience with one read.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A network namespace that a process of its own keeps. Its loopback is down.
-struct Netns(Child);
+/// A network namespace that can be steered.
+struct Steered(Netns);
 
-impl Netns {
-    /// Nothing where such a namespace cannot be steered.
-    fn make() -> Option<Netns> {
+impl std::ops::Deref for Steered {
+    type Target = Netns;
+
+    fn deref(&self) -> &Netns {
+        &self.0
+    }
+}
+
+impl Steered {
+    /// Nothing where there is none.
+    fn make() -> Option<Steered> {
         if !is_root() {
             return None;
         }
@@ -32,17 +39,7 @@ impl Netns {
             eprintln!("not run: {e}: {}", e.source);
             return None;
         }
-        let keeper = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap();
-        let own = fs::read_link("/proc/self/ns/net").unwrap();
-        let namespace = Netns(keeper);
-        while fs::read_link(namespace.path()).is_ok_and(|its| its == own) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Some(namespace)
-    }
-
-    fn path(&self) -> String {
-        format!("/proc/{}/ns/net", self.0.id())
+        Some(Steered(Netns::make()))
     }
 
     /// Dials an address in it.
@@ -64,15 +61,8 @@ impl Netns {
     }
 }
 
-impl Drop for Netns {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A bundle whose container sleeps in `namespace`.
-fn make_bundle(daemon: &Daemon, namespace: &Netns) {
+fn make_bundle(daemon: &Daemon, namespace: &Steered) {
     daemon.make_bundle("web", &["sleep"], None);
     let file = daemon.bundle("web").join("config.json");
     let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
@@ -83,7 +73,7 @@ fn make_bundle(daemon: &Daemon, namespace: &Netns) {
 }
 
 /// A running container in `namespace`.
-async fn started(daemon: &Daemon, namespace: &Netns) -> agent_api::task::TaskClient {
+async fn started(daemon: &Daemon, namespace: &Steered) -> agent_api::task::TaskClient {
     make_bundle(daemon, namespace);
     let task = daemon.connect("web").await;
     task.create(ctx(), &create_request(daemon, "web")).await.unwrap();
@@ -104,7 +94,7 @@ async fn end(daemon: &Daemon, task: agent_api::task::TaskClient) {
 
 #[tokio::test]
 async fn a_connection_reaches_the_port_that_was_dialled_and_a_refused_one_is_reset() {
-    let Some(namespace) = Netns::make() else { return };
+    let Some(namespace) = Steered::make() else { return };
     let daemon = Daemon::new("").await;
     let task = started(&daemon, &namespace).await;
     for (address, seen) in
@@ -126,7 +116,7 @@ async fn a_connection_reaches_the_port_that_was_dialled_and_a_refused_one_is_res
 
 #[tokio::test]
 async fn connections_are_bounded_and_end_with_the_vm() {
-    let Some(namespace) = Netns::make() else { return };
+    let Some(namespace) = Steered::make() else { return };
     let daemon = Daemon::new("").await;
     let task = started(&daemon, &namespace).await;
     let mut line = [0; 8];

@@ -26,7 +26,7 @@ async fn run(mut command: Command) -> Output {
 }
 
 /// What it prints when it succeeds.
-async fn told(daemon: &Daemon, arguments: &[&str]) -> String {
+pub async fn told(daemon: &Daemon, arguments: &[&str]) -> String {
     let output = run(ctvm(daemon, arguments)).await;
     assert!(output.status.success(), "{arguments:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()

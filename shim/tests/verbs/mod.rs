@@ -8,6 +8,7 @@ use agent_api::metrics::Metrics;
 use agent_api::task::{
     PauseRequest, ResumeRequest, StateRequest, StatsRequest, Status, TaskClient, UpdateTaskRequest,
 };
+use containerd_shim_protos::cgroups::metrics as v1;
 use containerd_shim_protos::events::task::TaskOOM;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message as _, MessageField};
@@ -81,7 +82,7 @@ async fn a_container_whose_vm_is_gone_cannot_be_paused() {
 }
 
 #[tokio::test]
-async fn counters_come_from_the_guest_as_they_are() {
+async fn counters_come_from_the_guest() {
     if !is_root() {
         return;
     }
@@ -90,8 +91,14 @@ async fn counters_come_from_the_guest_as_they_are() {
     wait(&task, "web", "").await;
     let request = StatsRequest { id: "web".into(), ..Default::default() };
     let stats = task.stats(ctx(), &request).await.unwrap().stats.unwrap();
-    assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
-    assert_eq!(Metrics::parse_from_bytes(&stats.value).unwrap().cpu.usage_usec, 1_500_000);
+    // In the shape of the host that this runs on.
+    if std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+        assert_eq!(Metrics::parse_from_bytes(&stats.value).unwrap().cpu.usage_usec, 1_500_000);
+    } else {
+        assert_eq!(stats.type_url, "io.containerd.cgroups.v1.Metrics");
+        assert_eq!(v1::Metrics::parse_from_bytes(&stats.value).unwrap().cpu.usage.total, 1_500_000_000);
+    }
     delete(&task, "web", "").await.unwrap();
     assert_eq!(code(task.stats(ctx(), &request).await.unwrap_err()).0, Code::NOT_FOUND);
     shutdown(&task, "web").await;
