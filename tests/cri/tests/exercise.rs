@@ -2,13 +2,15 @@
 //! of the VMM that they do not list.
 #![cfg(feature = "lab")]
 
+mod canary;
+
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use cri::{Daemon, Pod};
+use cri::{Daemon, Pod, harm};
 use e2e::SmallFs;
 use k8s_cri::v1::Mount;
 
@@ -123,6 +125,25 @@ fn nothing_is_missing_in_the_filters() -> Result<()> {
     ensure!(before == after, "system calls that no filter lists: {:?}", &after[before.len()..]);
     Ok(())
 }
+
+#[test]
+fn what_no_filter_lists_would_show() -> Result<()> {
+    let daemon = Daemon::start(None)?;
+    let pod = Pod::run(&daemon.cri, "ctvm-logged")?;
+    let vmm = harm::pid(&pod.id, "vmm").context("a pod has a VMM")?;
+    let before = breaches()?;
+    let answer = canary::call(vmm, CANARY)?;
+    let parent = harm::pid(&pod.id, "shim").context("a pod has a shim")?;
+    ensure!(answer == i64::from(parent), "the call was not carried out: {answer}");
+    let new = breaches()?.split_off(before.len());
+    let syscall = format!("syscall={CANARY} ");
+    ensure!(new.len() == 1 && new[0].contains(&syscall), "{new:?} in place of one line with {syscall}");
+    pod.script("true")?;
+    pod.end()
+}
+
+/// A harmless call that a VMM has no use for: `getppid`.
+const CANARY: i64 = libc::SYS_getppid;
 
 /// What the kernel has logged of system calls that a filter does not list (`audit: type=1326 … syscall=N`).
 fn breaches() -> Result<Vec<String>> {
