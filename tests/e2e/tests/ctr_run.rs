@@ -310,3 +310,31 @@ fn wrong_oci_specs_are_refused_with_the_reason() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_containers_own_hook_runs_in_it_before_its_program() -> Result<()> {
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    let (root, file) = (folder.path().join("root"), folder.path().join("config.json"));
+    // `ctr` has no option for hooks, but takes a whole configuration: that of another container, changed.
+    let mut config = serde_json::Value::Null;
+    with_sleeper("hook-model", &[], || {
+        let text = std::fs::read(CONTAINERD.bundle("hook-model").join("config.json"))?;
+        config = serde_json::from_slice(&text)?;
+        Ok(())
+    })?;
+    let script = "cat > /dev/shm/state; cat /proc/1/comm >> /dev/shm/state";
+    config["hooks"]["startContainer"] =
+        serde_json::json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]}]);
+    config["process"]["args"] = serde_json::json!(["cat", "/dev/shm/state"]);
+    config["root"]["path"] = root.display().to_string().into();
+    std::fs::write(&file, config.to_string())?;
+    std::fs::create_dir(&root)?;
+    run(CONTAINERD.ctr().args(["images", "mount", "--rw", e2e::IMAGE]).arg(&root))?.ok()?;
+    let mut ctr = CONTAINERD.ctr();
+    ctr.args(["run", "--rm", "--runtime", e2e::containerd::RUNTIME, "--config"]).arg(&file).arg("hooked");
+    let finished = run(&mut ctr);
+    run(CONTAINERD.ctr().args(["images", "unmount", "--rm"]).arg(&root))?.ok()?;
+    let said = finished?.ok()?;
+    assert!(said.contains("\"id\":\"hooked\""), "{said}");
+    Ok(())
+}
