@@ -17,11 +17,12 @@ use crate::product::Product;
 use crate::steps::step;
 use crate::{build, fuzz, packages};
 
-/// One end-to-end test program may take this long.
-const LIMIT: Duration = Duration::from_secs(20 * 60);
+/// One end-to-end test program may take this long; with `--long`, the second.
+const LIMITS: [Duration; 2] = [Duration::from_secs(20 * 60), Duration::from_secs(60 * 60)];
 
 /// Tests that count what is left on the machine, one at a time.
-const ALONE: [&str; 6] = ["crowd", "exercise", "hostile", "nothing_left", "releases", "rounds"];
+const ALONE: [&str; 8] =
+    ["crowd", "exercise", "exhausted", "hostile", "nothing_left", "releases", "rounds", "stress"];
 
 /// Options of `xtask test`.
 #[derive(Debug, Args)]
@@ -31,7 +32,7 @@ pub struct Options {
     only: Option<Only>,
     /// Only tests whose name contains this
     filter: Option<String>,
-    /// As much as the lab can hold where tests have less to do otherwise: 50 pods at once, for example
+    /// As much as the lab can hold where tests have less to do otherwise: 50 pods at once, half an hour of stress
     #[arg(long)]
     long: bool,
     /// Fuzz each target for this many seconds
@@ -165,7 +166,7 @@ fn run_one(client: Client, name: &str, options: &Options) -> Result<Count> {
     let mut lines = Lines::to(io::stdout());
     let mut stderr = io::stderr();
     let streams = Streams { stdin: Box::new(io::empty()), stdout: &mut lines, stderr: &mut stderr };
-    let code = client.run(&command, streams, Some(LIMIT))?.shell_code();
+    let code = client.run(&command, streams, Some(LIMITS[usize::from(options.long)]))?.shell_code();
     let mut count = lines.count;
     for failure in &mut count.failures {
         failure.insert_str(0, &format!("{name}::"));
