@@ -8,6 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use futures_util::stream::unfold;
+use tokio::net::UnixListener as TokioListener;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -24,6 +26,30 @@ use crate::{clock, logger, paths, pod_service, service, streaming};
 /// How long the answer to `Shutdown` and the last events have to leave.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
 const LAST_EVENTS: Duration = Duration::from_secs(3);
+
+/// How long nobody is let in when there is no descriptor left for anyone.
+const FULL: Duration = Duration::from_millis(100);
+
+/// A listener that waits when it cannot accept: the library tries again at once, and says so each time.
+fn patient(listener: UnixListener) -> std::io::Result<Listener> {
+    listener.set_nonblocking(true)?;
+    let listener = TokioListener::from_std(listener)?;
+    let connections = unfold((listener, true), |(listener, mut is_news)| async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => return Some((Ok(connection), (listener, true))),
+                Err(e) => {
+                    if is_news {
+                        log::warn!("no more connections for now: {e}");
+                    }
+                    is_news = false;
+                    tokio::time::sleep(FULL).await;
+                }
+            }
+        }
+    });
+    Ok(Listener::new(Box::pin(connections)))
+}
 
 /// Serves until `Shutdown`.
 ///
@@ -78,7 +104,7 @@ async fn serve(
     sandbox.timeline.reached_at(SHIM_START, args.started_us);
     sandbox.timeline.reached_at("shim serving", serving_us);
 
-    let mut server = Server::new().add_listener(Listener::try_from(listener).context("the socket")?);
+    let mut server = Server::new().add_listener(patient(listener).context("the socket")?);
     for table in service::services(&sandbox) {
         server = server.register_service(table);
     }

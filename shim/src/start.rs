@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Resource, getrlimit};
 
 use crate::args::Args;
 use crate::bootstrap::{self, Bootstrap};
@@ -86,6 +87,7 @@ fn try_launch(
     started_us: u64,
     state_dir: &Path,
 ) -> Result<()> {
+    enough_files(getrlimit(Resource::Nofile).current)?;
     let named = config_file(asked, state_dir)?;
     // Read here too: what is wrong with it is then the answer to the operator's command.
     Config::load(named.as_deref())?.fit_to_pod(overview)?;
@@ -110,6 +112,18 @@ fn try_launch(
     raise_oom_score();
     serve.spawn().context("starting the serving process")?;
     Ok(())
+}
+
+/// Descriptors with which a serving process can answer, and say what it lacks. With fewer it would end without a word.
+const LEAST_FILES: u64 = 16;
+
+fn enough_files(limit: Option<u64>) -> Result<()> {
+    match limit {
+        Some(limit) if limit < LEAST_FILES => bail!(
+            "{limit} file descriptors are allowed (RLIMIT_NOFILE), and {LEAST_FILES} are the least for a sandbox"
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// The configuration that the runtime options name or hold.
@@ -148,4 +162,19 @@ fn raise_oom_score() {
         use std::io::Write as _;
         write!(file, "{}", (score + 1).min(HIGHEST))
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_too_low_is_said_with_what_is_enough() {
+        assert!(enough_files(None).is_ok() && enough_files(Some(16)).is_ok());
+        let text = enough_files(Some(15)).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "15 file descriptors are allowed (RLIMIT_NOFILE), and 16 are the least for a sandbox"
+        );
+    }
 }
