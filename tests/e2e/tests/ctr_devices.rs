@@ -3,8 +3,9 @@
 
 use std::sync::LazyLock;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::{Containerd, Finished, LoopDevice, run};
+use serde_json::{Value, json};
 
 /// One containerd for all tests of this file; they use different container ids.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -124,18 +125,62 @@ fn more_block_devices_than_a_vm_can_have_are_refused_with_the_limit() -> Result<
     Ok(())
 }
 
+/// Whether the guest's kernel has huge pages.
+fn has_huge_pages(id: &str) -> Result<bool> {
+    Ok(sh(id, &[], "grep -c hugetlbfs /proc/filesystems")?.text() == "1")
+}
+
+/// What a guest without them says.
+const NO_HUGE_PAGES: &str = "the guest's kernel has no huge pages (CONFIG_HUGETLBFS)";
+
 #[test]
 fn huge_pages_are_the_guests_or_refused_with_the_reason() -> Result<()> {
     let mount = "type=hugetlbfs,src=none,dst=/huge,options=pagesize=2M";
     let script = "grep -q ' /huge hugetlbfs ' /proc/mounts && echo mounted";
-    let has = sh("has-huge", &[], "grep -c hugetlbfs /proc/filesystems")?.text() == "1";
     let done = sh("huge", &["--mount", mount], script)?;
-    if has {
+    if has_huge_pages("has-huge")? {
         assert_eq!(done.ok()?, "mounted");
     } else {
-        let said =
-            "volume of huge pages at \"/huge\": the guest's kernel has no huge pages (CONFIG_HUGETLBFS)";
-        ensure!(done.code != 0 && done.errors().contains(said), "{done:?}");
+        let said = format!("volume of huge pages at \"/huge\": {NO_HUGE_PAGES}");
+        ensure!(done.code != 0 && done.errors().contains(&said), "{done:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_limit_of_huge_pages_is_a_pool_of_the_guest_or_refused_with_the_reason() -> Result<()> {
+    // `ctr` has no option for it, but takes a whole configuration: that of another container, changed.
+    CONTAINERD.run(&["-d"], "huge-model", &["sleep", "1000"])?.ok()?;
+    let config = std::fs::read(CONTAINERD.bundle("huge-model").join("config.json"));
+    CONTAINERD.remove("huge-model")?;
+    let mut config: Value = serde_json::from_slice(&config?)?;
+    config["linux"]["resources"]["hugepageLimits"] = json!([{"pageSize": "2MB", "limit": 4 << 20}]);
+    config["mounts"].as_array_mut().context("a container has mounts")?.push(json!(
+        {"destination": "/huge", "type": "hugetlbfs", "source": "none", "options": ["pagesize=2M"]}
+    ));
+    // All of them, and one more than there are.
+    let script = "grep HugePages_Total /proc/meminfo; fallocate -l 4194304 /huge/a && echo both; \
+                  fallocate -l 2097152 /huge/b 2>/dev/null || echo full";
+    config["process"]["args"] = json!(["sh", "-c", script]);
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    let (root, file) = (folder.path().join("root"), folder.path().join("config.json"));
+    config["root"]["path"] = root.display().to_string().into();
+    std::fs::write(&file, config.to_string())?;
+    std::fs::create_dir(&root)?;
+    run(CONTAINERD.ctr().args(["images", "mount", "--rw", e2e::IMAGE]).arg(&root))?.ok()?;
+    let mut ctr = CONTAINERD.ctr();
+    ctr.args(["run", "--rm", "--runtime", e2e::containerd::RUNTIME, "--config"]).arg(&file).arg("huge-limit");
+    let done = run(&mut ctr);
+    run(CONTAINERD.ctr().args(["containers", "rm", "huge-limit"]))?;
+    run(CONTAINERD.ctr().args(["images", "unmount", "--rm"]).arg(&root))?.ok()?;
+    let done = done?;
+    if has_huge_pages("has-huge-limit")? {
+        let text = done.ok()?;
+        let words: Vec<&str> = text.split_whitespace().collect();
+        assert_eq!(words, ["HugePages_Total:", "2", "both", "full"]);
+    } else {
+        let said = format!("huge pages of 2MB: {NO_HUGE_PAGES}");
+        ensure!(done.code != 0 && done.errors().contains(&said), "{done:?}");
     }
     Ok(())
 }
