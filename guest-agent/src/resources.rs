@@ -64,6 +64,12 @@ const MAX_PIDS: i64 = 4_194_304;
 /// OCI's range of block I/O weights.
 const IO_WEIGHT: std::ops::RangeInclusive<u16> = 10..=1000;
 
+/// What there is of CPUs and of memory nodes. The parent group's `cpuset.cpus.effective` is no place to look: the kernel brings
+/// it up to date some time after a CPU has come, or when a group's `cpuset.cpus` is written (kernel/cgroup/cpuset.c,
+/// `cpuset_write_resmask`).
+const CPUS_THERE: &str = "/sys/devices/system/cpu/online";
+const MEMS_THERE: &str = "../cpuset.mems.effective";
+
 /// Changes the limits of the group at `dir`.
 ///
 /// # Errors
@@ -118,8 +124,8 @@ fn plan(resources: &LinuxResources, read: Read<'_>) -> Result<Vec<Write>, Resour
     let mut plan = Plan { writes: Vec::new(), read };
     if let Some(cpu) = resources.cpu() {
         plan.cpu(cpu)?;
-        plan.cpuset("cpu.cpus", "cpuset.cpus", cpu.cpus().as_deref())?;
-        plan.cpuset("cpu.mems", "cpuset.mems", cpu.mems().as_deref())?;
+        plan.cpuset("cpu.cpus", "cpuset.cpus", CPUS_THERE, cpu.cpus().as_deref())?;
+        plan.cpuset("cpu.mems", "cpuset.mems", MEMS_THERE, cpu.mems().as_deref())?;
     }
     if let Some(memory) = resources.memory() {
         plan.memory(memory)?;
@@ -224,9 +230,15 @@ impl Plan<'_> {
         Ok(())
     }
 
-    fn cpuset(&mut self, field: &'static str, file: &str, list: Option<&str>) -> Result<(), ResourcesError> {
+    fn cpuset(
+        &mut self,
+        field: &'static str,
+        file: &str,
+        there: &str,
+        list: Option<&str>,
+    ) -> Result<(), ResourcesError> {
         let Some(list) = list.filter(|list| !list.is_empty()) else { return Ok(()) };
-        let there = (self.read)(&format!("../{file}.effective")).unwrap_or_default();
+        let there = (self.read)(there).unwrap_or_default();
         let there = there.trim_end();
         let allowed = || format!("a list of what this guest has: {there}");
         let wanted = ranges(list).ok_or_else(|| bad(field, &list, allowed()))?;

@@ -8,7 +8,7 @@ fn guest(file: &str) -> Option<String> {
         "cpu.max" => "20000 100000\n",
         "cpu.weight" => "100\n",
         "cpu.max.burst" | "cpu.idle" | "memory.low" => "0\n",
-        "../cpuset.cpus.effective" => "0-1\n",
+        "/sys/devices/system/cpu/online" => "0-1\n",
         "../cpuset.mems.effective" => "0\n",
         "memory.max" | "pids.max" => "max\n",
         "memory.current" => "8388608\n",
