@@ -45,11 +45,22 @@ impl Merged {
             let end = line.find(['{', ' ']).unwrap_or(line.len());
             let has_value = line.rsplit_once(' ').is_some_and(|(_, value)| is_number(value));
             if is_name(&line[..end]) && has_value {
-                self.family(&line[..end]).samples.push(line.to_owned());
+                let family = self.family_of_sample(&line[..end]).to_owned();
+                self.family(&family).samples.push(line.to_owned());
             } else {
                 self.left_out += 1;
             }
         }
+    }
+
+    /// A histogram's samples have names of their own.
+    fn family_of_sample<'a>(&self, name: &'a str) -> &'a str {
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        let is_histogram = |base: &&str| {
+            let family = self.places.get(*base).map(|place| &self.families[*place]);
+            family.is_some_and(|family| family.kind.as_deref() == Some("histogram"))
+        };
+        base.filter(is_histogram).unwrap_or(name)
     }
 
     fn family(&mut self, name: &str) -> &mut Family {
@@ -112,6 +123,24 @@ mod tests {
              # TYPE c gauge\nc NaN\n"
         );
         assert_eq!(merged.left_out, 0);
+    }
+
+    #[test]
+    fn a_histograms_samples_stay_with_its_head() {
+        let of = |sandbox: &str| {
+            format!(
+                "# TYPE h histogram\nh_bucket{{sandbox=\"{sandbox}\",le=\"1\"}} 2\nh_sum{{sandbox=\"{sandbox}\"}} 3\n\
+                 h_count{{sandbox=\"{sandbox}\"}} 4\n# TYPE c gauge\nc_count{{sandbox=\"{sandbox}\"}} 5\n"
+            )
+        };
+        let mut merged = Merged::default();
+        merged.add(&of("one"));
+        merged.add(&of("two"));
+        let text = merged.text();
+        let names: Vec<&str> = text.lines().map(|line| line.split('{').next().unwrap()).collect();
+        let h = ["h_bucket", "h_sum", "h_count"];
+        let expected = [&["# TYPE h histogram"][..], &h, &h, &["c_count"; 2]].concat();
+        assert_eq!(names, expected, "{text}");
     }
 
     #[test]

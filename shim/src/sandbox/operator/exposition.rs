@@ -12,6 +12,8 @@ pub enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// Counts how often a number was in each of some ranges.
+    Histogram,
 }
 
 /// A sample's value.
@@ -103,6 +105,24 @@ impl Exposition {
         self.family(name, Kind::Counter, help).sample(&[], value);
     }
 
+    /// A histogram: for each bound, how many observations were at most that, with rising bounds; then their sum and count.
+    pub fn histogram(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        buckets: &[(f64, u64)],
+        sum: impl Into<Number>,
+        count: u64,
+    ) {
+        let mut family = self.family(name, Kind::Histogram, help);
+        for (bound, observed) in buckets {
+            family.write("_bucket", &[("le", &bound.to_string())], Number::Whole(*observed));
+        }
+        family.write("_bucket", &[("le", "+Inf")], Number::Whole(count));
+        family.write("_sum", &[], sum.into());
+        family.write("_count", &[], Number::Whole(count));
+    }
+
     /// The text.
     pub fn finish(self) -> String {
         self.text
@@ -112,10 +132,10 @@ impl Exposition {
 impl Family<'_> {
     /// Writes a sample with labels of its own.
     pub fn sample(&mut self, labels: &[(&str, &str)], value: impl Into<Number>) {
-        self.write(labels, value.into());
+        self.write("", labels, value.into());
     }
 
-    fn write(&mut self, labels: &[(&str, &str)], value: Number) {
+    fn write(&mut self, suffix: &str, labels: &[(&str, &str)], value: Number) {
         const INFALLIBLE: &str = "writing to a String cannot fail";
         let Exposition { text, common } = &mut *self.to;
         if !self.begun {
@@ -123,11 +143,13 @@ impl Family<'_> {
             let kind = match self.kind {
                 Kind::Counter => "counter",
                 Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
             };
             let (name, help) = (self.name, self.help);
             write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n").expect(INFALLIBLE);
         }
         text.push_str(self.name);
+        text.push_str(suffix);
         if !(common.is_empty() && labels.is_empty()) {
             text.push('{');
             text.push_str(common);
@@ -181,6 +203,19 @@ mod tests {
              ctvm_exits_total{sandbox=\"web\",kind=\"error\"} 3\n\
              ctvm_exits_total{sandbox=\"web\",kind=\"signal\"} 0\n\
              # HELP ctvm_up Whether it runs.\n# TYPE ctvm_up gauge\nctvm_up{sandbox=\"web\"} 1\n"
+        );
+    }
+
+    #[test]
+    fn a_histogram_has_buckets_a_sum_and_a_count() {
+        let mut to = Exposition::new(&[("sandbox", "web")]);
+        to.histogram("h_seconds", "Times.", &[(0.001, 2), (0.25, 3)], seconds(400_000), 4);
+        assert_eq!(
+            to.finish(),
+            "# HELP h_seconds Times.\n# TYPE h_seconds histogram\n\
+             h_seconds_bucket{sandbox=\"web\",le=\"0.001\"} 2\nh_seconds_bucket{sandbox=\"web\",le=\"0.25\"} 3\n\
+             h_seconds_bucket{sandbox=\"web\",le=\"+Inf\"} 4\n\
+             h_seconds_sum{sandbox=\"web\"} 0.4\nh_seconds_count{sandbox=\"web\"} 4\n"
         );
     }
 
