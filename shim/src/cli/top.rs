@@ -85,11 +85,9 @@ fn shown(now: &Sample, before: &Sample, full: bool) -> String {
         .rows
         .iter()
         .map(|row| {
-            let guest_bytes = u64::from(row.memory_mib.unwrap_or(0)) << 20;
-            // Without its size guest memory cannot be told from the monitor's own.
-            let vmm = row.vmm_pid.filter(|_| guest_bytes > 0);
-            let vmm = vmm.and_then(|pid| memory::footprint(pid, guest_bytes).ok());
-            let shim = row.shim_pid.and_then(|pid| memory::footprint(pid, 0).ok());
+            let size = row.memory_mib.map_or_else(|| "?".to_owned(), |n| mib(u64::from(n) << 20));
+            let vmm = row.vmm_pid.and_then(|pid| memory::footprint(pid).ok());
+            let shim = row.shim_pid.and_then(|pid| memory::footprint(pid).ok());
             let vmm_cpu = now.permille(before, row.vmm_pid);
             let shim_cpu = now.permille(before, row.shim_pid);
             let of = |footprint: Option<Footprint>, part: fn(Footprint) -> u64| {
@@ -104,7 +102,7 @@ fn shown(now: &Sample, before: &Sample, full: bool) -> String {
                 row.state.clone(),
                 percent(vmm_cpu),
                 of(vmm, |f| f.private),
-                vmm.map_or_else(|| "-".to_owned(), |f| format!("{} of {}", mib(f.guest), mib(guest_bytes))),
+                vmm.map_or_else(|| "-".to_owned(), |f| format!("{} of {size}", mib(f.guest))),
                 percent(shim_cpu),
                 of(shim, |f| f.private),
                 row.containers.as_deref().map_or_else(|| "-".to_owned(), running),
@@ -154,14 +152,19 @@ mod tests {
 
     #[test]
     fn the_busiest_is_first_and_what_nobody_knows_is_a_dash() {
-        let rows = vec![row("idle", Some(1)), row("busy", Some(2)), row("new", Some(3)), row("gone", None)];
+        // Above every process number that Linux gives.
+        const IDLE: u32 = 5_000_001;
+        const BUSY: u32 = 5_000_002;
+        const NEW: u32 = 5_000_003;
+        let rows =
+            vec![row("idle", Some(IDLE)), row("busy", Some(BUSY)), row("new", Some(NEW)), row("gone", None)];
         let at = Instant::now();
         let cpu = |us: &[(u32, u64)]| us.iter().copied().collect();
-        let before = Sample { at, rows: rows.clone(), cpu_us: cpu(&[(1, 5_000), (2, 0)]) };
+        let before = Sample { at, rows: rows.clone(), cpu_us: cpu(&[(IDLE, 5_000), (BUSY, 0)]) };
         let now = Sample {
             at: at + Duration::from_secs(2),
             rows,
-            cpu_us: cpu(&[(1, 7_000), (2, 3_001_000), (3, 9)]),
+            cpu_us: cpu(&[(IDLE, 7_000), (BUSY, 3_001_000), (NEW, 9)]),
         };
         let text = shown(&now, &before, false);
         let lines: Vec<Vec<&str>> = text.lines().skip(1).map(|l| l.split_whitespace().collect()).collect();

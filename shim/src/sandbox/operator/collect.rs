@@ -158,9 +158,8 @@ async fn look_from_outside(vm: Option<Arc<Vm>>, answers: Shared) {
     let look = move || {
         let me = std::process::id();
         let vmm = vm.as_ref().map(|vm| vm.vmm.pid());
-        let footprint =
-            vm.and_then(|vm| memory::footprint(vm.vmm.pid(), u64::from(vm.memory_mib) << 20).ok());
-        let (own, own_cpu_us) = (memory::footprint(me, 0).ok(), memory::cpu_us(me).ok());
+        let footprint = vm.and_then(|vm| memory::footprint(vm.vmm.pid()).ok());
+        let (own, own_cpu_us) = (memory::footprint(me).ok(), memory::cpu_us(me).ok());
         fill(&answers, |a| {
             (a.vmm, a.vmm_cpu_us) = (footprint, vmm.and_then(|pid| memory::cpu_us(pid).ok()));
             (a.shim, a.shim_cpu_us) = (own, own_cpu_us);

@@ -18,19 +18,30 @@ pub struct Footprint {
     pub guest_shared: u64,
 }
 
-/// Reads a process's footprint. A mapping of at least `guest_bytes` is guest memory; 0: it has none.
+/// Reads a process's footprint. The monitor excludes guest memory from core dumps, boot's and what came later alike, and
+/// nothing else of it that has no name: so it is found.
 ///
 /// The kernel walks all its pages for this, some milliseconds for each GiB.
 ///
 /// # Errors
 /// When the process is gone or may not be looked at.
-pub fn footprint(pid: u32, guest_bytes: u64) -> io::Result<Footprint> {
-    sum(BufReader::with_capacity(4096, File::open(format!("/proc/{pid}/smaps"))?), guest_bytes)
+pub fn footprint(pid: u32) -> io::Result<Footprint> {
+    sum(BufReader::with_capacity(4096, File::open(format!("/proc/{pid}/smaps"))?))
 }
 
-fn sum(mut smaps: impl io::BufRead, guest_bytes: u64) -> io::Result<Footprint> {
+/// One mapping, as far as it was read.
+#[derive(Debug, Default)]
+struct Mapping {
+    may_be_guests: bool,
+    private: u64,
+    shared: u64,
+    pss: u64,
+    resident: u64,
+}
+
+fn sum(mut smaps: impl io::BufRead) -> io::Result<Footprint> {
     let mut sum = Footprint::default();
-    let mut is_guest = false;
+    let mut mapping = Mapping::default();
     let mut line = String::new();
     loop {
         line.clear();
@@ -39,16 +50,42 @@ fn sum(mut smaps: impl io::BufRead, guest_bytes: u64) -> io::Result<Footprint> {
         }
         let mut words = line.split_ascii_whitespace();
         let (Some(key), Some(value)) = (words.next(), words.next()) else { continue };
+        if !key.ends_with(':') {
+            // `address perms offset device inode [name]`
+            let name = line.split_ascii_whitespace().nth(5);
+            let may_be_guests = name.is_none_or(|name| name == "/anon_hugepage");
+            mapping = Mapping { may_be_guests, ..Mapping::default() };
+            continue;
+        }
         let bytes = value.parse::<u64>().unwrap_or(0) * 1024;
-        match (key, is_guest) {
-            ("Size:", _) => is_guest = guest_bytes > 0 && bytes >= guest_bytes,
-            ("Private_Clean:" | "Private_Dirty:" | "Private_Hugetlb:", false) => sum.private += bytes,
-            ("Shared_Clean:" | "Shared_Dirty:" | "Shared_Hugetlb:", false) => sum.shared += bytes,
-            ("Pss:", false) => sum.pss += bytes,
+        match key {
             // Pages of hugetlbfs are in no Rss.
-            ("Rss:" | "Private_Hugetlb:" | "Shared_Hugetlb:", true) => sum.guest += bytes,
-            ("Shared_Clean:" | "Shared_Dirty:", true) => sum.guest_shared += bytes,
+            "Private_Hugetlb:" => {
+                (mapping.private, mapping.resident) = (mapping.private + bytes, mapping.resident + bytes);
+            }
+            "Shared_Hugetlb:" => {
+                (mapping.shared, mapping.resident) = (mapping.shared + bytes, mapping.resident + bytes);
+            }
+            "Private_Clean:" | "Private_Dirty:" => mapping.private += bytes,
+            "Shared_Clean:" | "Shared_Dirty:" => mapping.shared += bytes,
+            "Pss:" => mapping.pss += bytes,
+            "Rss:" => mapping.resident += bytes,
+            // The last line of each.
+            "VmFlags:" => sum.add(&mapping, line.split_ascii_whitespace().any(|flag| flag == "dd")),
             _ => {}
+        }
+    }
+}
+
+impl Footprint {
+    fn add(&mut self, mapping: &Mapping, is_kept_from_dumps: bool) {
+        if mapping.may_be_guests && is_kept_from_dumps {
+            self.guest += mapping.resident;
+            self.guest_shared += mapping.shared;
+        } else {
+            self.private += mapping.private;
+            self.shared += mapping.shared;
+            self.pss += mapping.pss;
         }
     }
 }
@@ -78,11 +115,13 @@ mod tests {
     #[test]
     fn guest_memory_is_kept_apart() {
         let smaps = "00400000-00500000 r-xp 00000000 fe:00 1 /bin/x\nSize: 1024 kB\nRss: 100 kB\nPss: 50 kB\n\
-                     Shared_Clean: 80 kB\nPrivate_Clean: 15 kB\nPrivate_Dirty: 5 kB\n\
-                     7f0000000000-7f0008000000 rw-p 00000000 00:00 0\nSize: 131072 kB\nRss: 20000 kB\n\
-                     Pss: 20000 kB\nShared_Clean: 0 kB\nShared_Dirty: 400 kB\nPrivate_Dirty: 19600 kB\n\
-                     7ffd0000-7ffe0000 rw-p 0 00:00 0 [stack]\nSize: 132 kB\nRss: 12 kB\nPss: 12 kB\n\
-                     Private_Dirty: 12 kB\n";
+                     Shared_Clean: 80 kB\nPrivate_Clean: 15 kB\nPrivate_Dirty: 5 kB\nVmFlags: rd ex dd\n\
+                     7f0000000000-7f0007000000 rw-p 00000000 00:00 0\nSize: 114688 kB\nRss: 10000 kB\n\
+                     Pss: 10000 kB\nShared_Clean: 0 kB\nShared_Dirty: 400 kB\nPrivate_Dirty: 9600 kB\nVmFlags: rd wr dd\n\
+                     7f0007000000-7f0008000000 ---p 00000000 00:00 0 /anon_hugepage (deleted)\nSize: 16384 kB\nRss: 0 kB\n\
+                     Private_Hugetlb: 10000 kB\nVmFlags: mr dd ht\n\
+                     7ffd0000-7ffe0000 rw-p 0 00:00 0\nSize: 132 kB\nRss: 12 kB\nPss: 12 kB\n\
+                     Private_Dirty: 12 kB\nVmFlags: rd wr\n";
         let kib = |n: u64| n * 1024;
         let expected = Footprint {
             private: kib(32),
@@ -91,13 +130,12 @@ mod tests {
             guest: kib(20000),
             guest_shared: kib(400),
         };
-        assert_eq!(sum(smaps.as_bytes(), 128 << 20).unwrap(), expected);
-        assert_eq!(sum(smaps.as_bytes(), 0).unwrap().guest, 0);
+        assert_eq!(sum(smaps.as_bytes()).unwrap(), expected);
     }
 
     #[test]
     fn this_process_can_be_read() {
-        let me = footprint(std::process::id(), 0).unwrap();
+        let me = footprint(std::process::id()).unwrap();
         assert!(me.private > 4096 && me.pss >= me.private, "{me:?}");
         assert_eq!(cpu_ticks("1 (a) b) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0"), Some(42));
         assert_eq!(cpu_ticks("nonsense"), None);
