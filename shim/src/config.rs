@@ -8,8 +8,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use vmm_api::config::{MAX_CMDLINE, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+use vmm_api::resize::MAX_RESIZE_MS;
 
 pub mod pod;
+pub mod size;
+
+use size::{Need, Size, Sizing};
 
 /// Where the configuration is looked for when nothing names another place.
 pub const DEFAULT_PATH: &str = "/etc/ctvm/config.toml";
@@ -32,7 +36,14 @@ pub struct Config {
     pub memory_mib: u32,
     /// Memory of a sandbox beyond its pod's limit, in MiB: for the guest's kernel and agent.
     pub overhead_memory_mib: u32,
-    /// Which of these values a pod's annotations may change: `vcpus`, `memory_mib`, `cmdline`, `hugepages`, `prefault`.
+    /// Most vCPUs that a sandbox can have and grow to. 0: as many as the host has, [`AUTO_MAX_VCPUS`] at most, or what it
+    /// has at first where that is more. Each costs the guest memory from the start.
+    pub max_vcpus: u8,
+    /// Most memory that a sandbox can have and grow to, in MiB, a multiple of 2. 0: what it has at first, and so it is with
+    /// hugepages.
+    pub max_memory_mib: u32,
+    /// Which of these values a pod's annotations may change: `vcpus`, `memory_mib`, `max_vcpus`, `max_memory_mib`,
+    /// `cmdline`, `hugepages`, `prefault`.
     pub annotations: Vec<pod::Tunable>,
     /// Words to add to the guest kernel's command line.
     pub cmdline: String,
@@ -48,9 +59,28 @@ pub struct Config {
     pub log_level: LogLevel,
     /// Also write each sandbox's timeline into this directory.
     pub timeline_dir: Option<PathBuf>,
+    /// How a sandbox grows.
+    pub resize: Resize,
     /// Longest times to wait.
     pub timeouts: Timeouts,
+    /// What a pod's limits were when it was made. Not the operator's to say: [`Config::fit_to_pod`] reads it.
+    #[serde(skip)]
+    pub promised: Need,
 }
+
+/// How a sandbox grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Resize {
+    /// Start with one vCPU and [`SMALL_MEMORY_MIB`], and grow to the pod's size while the guest boots.
+    pub boot_small: bool,
+}
+
+/// Most vCPUs that a sandbox can grow to, where the operator has not said.
+pub const AUTO_MAX_VCPUS: u8 = 8;
+/// Memory that a sandbox starts with at most when it boots small, in MiB: what the guest needs for itself, and for the
+/// tables of the memory that comes.
+pub const SMALL_MEMORY_MIB: u32 = 128;
 
 /// Longest times to wait, each in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -68,6 +98,8 @@ pub struct Timeouts {
     pub drain_ms: u64,
     /// The same, when nothing comes any more although the stream is still open.
     pub drain_quiet_ms: u64,
+    /// For the guest to grow or to shrink.
+    pub resize_ms: u64,
 }
 
 /// `log::LevelFilter` as a word.
@@ -107,6 +139,8 @@ impl Default for Config {
             vcpus: 1,
             memory_mib: 256,
             overhead_memory_mib: 64,
+            max_vcpus: 0,
+            max_memory_mib: 0,
             annotations: vec![pod::Tunable::Vcpus, pod::Tunable::MemoryMib],
             cmdline: String::new(),
             hugepages: false,
@@ -115,7 +149,9 @@ impl Default for Config {
             host_cgroup: true,
             log_level: LogLevel::Info,
             timeline_dir: None,
+            resize: Resize::default(),
             timeouts: Timeouts::default(),
+            promised: Need::default(),
         }
     }
 }
@@ -129,6 +165,7 @@ impl Default for Timeouts {
             shutdown_ms: 1_000,
             drain_ms: 10_000,
             drain_quiet_ms: 1_000,
+            resize_ms: 30_000,
         }
     }
 }
@@ -162,6 +199,11 @@ impl Timeouts {
     /// [`Self::drain_quiet_ms`].
     pub fn drain_quiet(&self) -> Duration {
         Duration::from_millis(self.drain_quiet_ms)
+    }
+
+    /// [`Self::resize_ms`].
+    pub fn resize(&self) -> Duration {
+        Duration::from_millis(self.resize_ms)
     }
 }
 
@@ -253,6 +295,42 @@ impl Config {
         Ok(config)
     }
 
+    /// From limits to sizes of this configuration's sandbox.
+    pub fn sizing(&self) -> Sizing {
+        let base = Size { vcpus: self.vcpus, memory_mib: self.memory_mib };
+        let unbounded = Size { vcpus: MAX_VCPUS, memory_mib: MAX_MEMORY_MIB };
+        let mut sizing = Sizing {
+            base,
+            max: unbounded,
+            overhead_memory_mib: self.overhead_memory_mib,
+            promised: self.promised,
+        };
+        let first = sizing.first();
+        sizing.max = Size {
+            vcpus: match self.max_vcpus {
+                0 => host_cpus().min(AUTO_MAX_VCPUS).max(first.vcpus),
+                max => max,
+            },
+            memory_mib: match self.max_memory_mib {
+                0 => first.memory_mib,
+                max if self.hugepages => max.min(first.memory_mib),
+                max => max,
+            },
+        };
+        sizing
+    }
+
+    /// The size to boot with: that of the pod, unless it is to grow there.
+    pub fn boot_size(&self) -> Size {
+        let first = self.sizing().first();
+        match self.resize.boot_small {
+            // Pages of hugetlbfs do not come and go.
+            true if self.hugepages => Size { vcpus: 1, ..first },
+            true => first.min(Size { vcpus: 1, memory_mib: SMALL_MEMORY_MIB }),
+            false => first,
+        }
+    }
+
     fn check(&self, place: &str) -> Result<(), ConfigError> {
         let wrong = |key, value: String, limit: String| ConfigError::Value {
             place: place.to_owned(),
@@ -260,12 +338,20 @@ impl Config {
             value,
             limit,
         };
-        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
-            return Err(wrong("vcpus", self.vcpus.to_string(), format!("1 to {MAX_VCPUS}")));
+        if self.max_vcpus > MAX_VCPUS {
+            return Err(wrong("max_vcpus", self.max_vcpus.to_string(), format!("0 to {MAX_VCPUS}")));
         }
-        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) || !self.memory_mib.is_multiple_of(2)
-        {
-            let limit = format!("{MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}, a multiple of 2");
+        let max = if self.max_vcpus == 0 { MAX_VCPUS } else { self.max_vcpus };
+        if !(1..=max).contains(&self.vcpus) {
+            return Err(wrong("vcpus", self.vcpus.to_string(), format!("1 to {max}")));
+        }
+        let max = if self.max_memory_mib == 0 { MAX_MEMORY_MIB } else { self.max_memory_mib };
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&max) || !max.is_multiple_of(2) {
+            let limit = format!("0 or {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}, a multiple of 2");
+            return Err(wrong("max_memory_mib", max.to_string(), limit));
+        }
+        if !(MIN_MEMORY_MIB..=max).contains(&self.memory_mib) || !self.memory_mib.is_multiple_of(2) {
+            let limit = format!("{MIN_MEMORY_MIB} to {max}, a multiple of 2");
             return Err(wrong("memory_mib", self.memory_mib.to_string(), limit));
         }
         if self.overhead_memory_mib > MAX_OVERHEAD_MIB {
@@ -293,8 +379,18 @@ impl Config {
                 return Err(wrong(key, value.to_string(), format!("1 to {MAX_TIMEOUT_MS}")));
             }
         }
+        if t.resize_ms == 0 || t.resize_ms > u64::from(MAX_RESIZE_MS) {
+            let limit = format!("1 to {MAX_RESIZE_MS}");
+            return Err(wrong("timeouts.resize_ms", t.resize_ms.to_string(), limit));
+        }
         Ok(())
     }
+}
+
+/// CPUs that this process may use; the host's, as the shim is not bound to some of them.
+fn host_cpus() -> u8 {
+    let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u8::try_from(count).unwrap_or(u8::MAX)
 }
 
 /// Most memory beyond a pod's limit: more is a mistake in the unit.
@@ -326,6 +422,26 @@ mod tests {
     }
 
     #[test]
+    fn a_sandbox_can_grow_as_far_as_the_operator_says() {
+        let config = Config::parse("max_vcpus = 4\nmax_memory_mib = 1024\n", "x").unwrap();
+        assert_eq!(config.sizing().max, Size { vcpus: 4, memory_mib: 1024 });
+        let auto = Config::parse("vcpus = 20\n", "x").unwrap().sizing();
+        assert_eq!(auto.max, Size { vcpus: 20, memory_mib: 256 }, "never below what it has at first");
+        let auto = Config::default().sizing().max.vcpus;
+        assert!((1..=AUTO_MAX_VCPUS).contains(&auto), "{auto}");
+    }
+
+    #[test]
+    fn one_that_boots_small_has_its_size_to_grow_to() {
+        let text = "vcpus = 4\nmemory_mib = 512\n[resize]\nboot_small = true\n";
+        let config = Config::parse(text, "x").unwrap();
+        assert_eq!(config.boot_size(), Size { vcpus: 1, memory_mib: SMALL_MEMORY_MIB });
+        assert_eq!(config.sizing().first(), Size { vcpus: 4, memory_mib: 512 });
+        let tiny = Config { memory_mib: 64, ..config };
+        assert_eq!(tiny.boot_size().memory_mib, 64);
+    }
+
+    #[test]
     fn errors_name_file_line_and_reason() {
         let e = error("vcpus = 1\nmemory = 256\n");
         assert!(e.starts_with("configuration /etc/ctvm/config.toml, line 2: unknown field `memory`"), "{e}");
@@ -344,6 +460,14 @@ mod tests {
         assert!(error("memory_mib = 65").contains("a multiple of 2"));
         assert!(error("fs_threads = 5").contains("must be 1 to 4"));
         assert!(error("[timeouts]\nboot_ms = 0").contains("timeouts.boot_ms is 0"));
+        assert!(error("vcpus = 4\nmax_vcpus = 3").ends_with("vcpus is 4, must be 1 to 3"));
+        assert!(error("max_vcpus = 33").ends_with("max_vcpus is 33, must be 0 to 32"));
+        assert!(
+            error("max_memory_mib = 128").contains("memory_mib is 256, must be 64 to 128, a multiple of 2")
+        );
+        assert!(error("max_memory_mib = 257").contains("max_memory_mib is 257, must be 0 or 64 to 1048576"));
+        assert!(error("[timeouts]\nresize_ms = 300001").contains("resize_ms is 300001, must be 1 to 300000"));
+        assert!(error("[resize]\nsmall = true").contains("unknown field `small`"));
         assert!(error(&format!("cmdline = \"{}\"", "x".repeat(2000))).contains("cmdline is 2000 bytes long"));
     }
 

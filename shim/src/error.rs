@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ttrpc::Code;
-use vmm_api::ErrorCode;
+use vmm_api::{Ending, ErrorCode};
 
 use crate::agent::AgentError;
 use crate::container::hooks::HookError;
@@ -14,6 +14,7 @@ use crate::container::spec::SpecError;
 use crate::sandbox::boot::{BootCause, BootError};
 use crate::sandbox::disks::DiskError;
 use crate::sandbox::net::NetError;
+use crate::sandbox::resize::ResizeError;
 use crate::vmm::VmmError;
 
 /// Why a request was not carried out.
@@ -77,6 +78,9 @@ pub enum TaskError {
     /// The sandbox is on its way out.
     #[error("the sandbox shuts down")]
     Closing,
+    /// The VM cannot be as large as is needed.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
     /// The VM did not come up.
     #[error(transparent)]
     Boot(#[from] Arc<BootError>),
@@ -118,6 +122,7 @@ impl TaskError {
             TaskError::Stream(_) => Code::DEADLINE_EXCEEDED,
             TaskError::Watch(_) | TaskError::Task(_) => Code::INTERNAL,
             TaskError::Closing => Code::UNAVAILABLE,
+            TaskError::Resize(error) => resize(error),
             TaskError::Boot(error) => boot(&error.cause),
             TaskError::Rootfs(error) => match error {
                 RootfsError::Os { source, .. } => os(source),
@@ -183,6 +188,23 @@ fn boot(cause: &BootCause) -> Code {
     }
 }
 
+fn resize(error: &ResizeError) -> Code {
+    match error {
+        ResizeError::Beyond { .. } => Code::OUT_OF_RANGE,
+        ResizeError::Held { .. } => Code::FAILED_PRECONDITION,
+        ResizeError::Busy(_) => Code::DEADLINE_EXCEEDED,
+        ResizeError::Ended { resized, .. } => match resized.ending {
+            // Never an error; were it one, it would be ours.
+            Ending::Done => Code::INTERNAL,
+            Ending::Partial => Code::RESOURCE_EXHAUSTED,
+            Ending::Refused => Code::FAILED_PRECONDITION,
+            Ending::Replaced => Code::ABORTED,
+            Ending::TimedOut => Code::DEADLINE_EXCEEDED,
+            Ending::Reset => Code::UNAVAILABLE,
+        },
+    }
+}
+
 fn vmm(error: &VmmError) -> Code {
     match error {
         VmmError::NotFound(_) | VmmError::Spawn { .. } | VmmError::SlotTaken => Code::FAILED_PRECONDITION,
@@ -231,8 +253,9 @@ impl From<TaskError> for ttrpc::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::size::Size;
     use crate::sandbox::boot::Stage;
-    use vmm_api::ApiError;
+    use vmm_api::{ApiError, Reached, Resized};
 
     #[test]
     fn what_is_dead_is_not_found_and_what_is_not_there_too() {
@@ -255,6 +278,38 @@ mod tests {
         assert_eq!(
             error.chain(),
             "boot failed while opening the guest's files: kernel /usr/share/ctvm/vmlinux: entity not found"
+        );
+    }
+
+    #[test]
+    fn a_resize_that_was_not_done_says_how_far_it_came() {
+        let codes = Ending::ALL.map(|ending| {
+            let resized = Resized {
+                ending,
+                vcpus: Some(Reached { asked: 4, reached: Some(3) }),
+                memory_mib: None,
+                detail: "CPU 3: Cannot allocate memory".into(),
+            };
+            let error =
+                TaskError::from(ResizeError::Ended { resized, limits: "the limits are as they were" });
+            assert!(error.chain().contains("vCPUs 3 of 4: CPU 3: Cannot"), "{error}");
+            assert!(error.chain().ends_with("; the limits are as they were"), "{error}");
+            error.code()
+        });
+        let expected = [
+            Code::INTERNAL,
+            Code::RESOURCE_EXHAUSTED,
+            Code::FAILED_PRECONDITION,
+            Code::ABORTED,
+            Code::DEADLINE_EXCEEDED,
+            Code::UNAVAILABLE,
+        ];
+        assert_eq!(codes, expected);
+        let (needed, max) = (Size { vcpus: 9, memory_mib: 512 }, Size { vcpus: 8, memory_mib: 1024 });
+        let error = TaskError::from(ResizeError::Beyond { needed, max });
+        assert_eq!(error.code(), Code::OUT_OF_RANGE);
+        assert!(
+            error.to_string().contains("needs 9 vCPUs and 512 MiB, and its VM can have 8 vCPUs and 1024 MiB")
         );
     }
 

@@ -411,8 +411,8 @@ fn name_of(op: &Op) -> &'static str {
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",
-        Op::Stats => "stats",
         Op::Resize { .. } => "resize",
+        Op::Stats => "stats",
         Op::Shutdown => "shutdown",
     }
 }

@@ -7,6 +7,7 @@ mod forward;
 mod hooks;
 mod operator;
 mod pod;
+mod resize;
 mod streaming;
 mod verbs;
 

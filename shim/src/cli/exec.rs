@@ -450,8 +450,7 @@ mod tests {
             state: crate::sandbox::state_file::State::default(),
         };
         let containers = containers.iter().map(|(id, name)| container(id, name)).collect();
-        let status =
-            Status { version: String::new(), state: "running".into(), vcpus: 1, memory_mib: 64, containers };
+        let status = Status { state: "running".into(), containers, ..Status::default() };
         choose(&found, status, wanted).map_err(|e| e.to_string())
     }
 

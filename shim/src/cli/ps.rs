@@ -37,10 +37,18 @@ pub struct Row {
     pub shim_pid: Option<u32>,
     /// Process number of its VMM, if that runs.
     pub vmm_pid: Option<u32>,
-    /// vCPUs, where it answered.
+    /// vCPUs that the guest has online, where that is known.
     pub vcpus: Option<u8>,
-    /// Guest memory, MiB, where it answered.
+    /// vCPUs asked for, where it answered.
+    pub vcpus_asked: Option<u8>,
+    /// The most vCPUs, where it answered.
+    pub vcpus_max: Option<u8>,
+    /// Guest memory, MiB, where that is known.
     pub memory_mib: Option<u32>,
+    /// Guest memory asked for, MiB, where it answered.
+    pub memory_asked_mib: Option<u32>,
+    /// The most guest memory, MiB, where it answered.
+    pub memory_max_mib: Option<u32>,
     /// Its containers, where it answered.
     pub containers: Option<Vec<ContainerStatus>>,
     /// What is wrong and what to do, where something is.
@@ -68,14 +76,22 @@ fn row(found: &Found, status: Result<Status, NodeError>, now: f64) -> Row {
         shim_pid: found.state.shim.map(|shim| shim.pid),
         vmm_pid: found.vmm(),
         vcpus: None,
+        vcpus_asked: None,
+        vcpus_max: None,
         memory_mib: None,
+        memory_asked_mib: None,
+        memory_max_mib: None,
         containers: None,
         remedy: None,
     };
     match status {
         Ok(status) => {
             row.state = status.state;
-            (row.vcpus, row.memory_mib) = (Some(status.vcpus), Some(status.memory_mib));
+            (row.vcpus, row.memory_mib) = (status.vcpus, status.memory_mib);
+            row.vcpus_asked = Some(status.vcpus_asked);
+            row.vcpus_max = Some(status.vcpus_max);
+            row.memory_asked_mib = Some(status.memory_asked_mib);
+            row.memory_max_mib = Some(status.memory_max_mib);
             row.containers = Some(status.containers);
         }
         Err(error) => {
@@ -129,8 +145,8 @@ fn listing(rows: &[Row], full: bool) -> String {
                 or_dash(row.age_seconds.map(age)),
                 or_dash(row.shim_pid.map(|pid| pid.to_string())),
                 or_dash(row.vmm_pid.map(|pid| pid.to_string())),
-                or_dash(row.vcpus.map(|n| n.to_string())),
-                or_dash(row.memory_mib.map(|n| format!("{n} MiB"))),
+                or_dash(row.vcpus_asked.map(|asked| of(row.vcpus, asked))),
+                or_dash(row.memory_asked_mib.map(|asked| format!("{} MiB", of(row.memory_mib, asked)))),
                 or_dash(row.containers.as_deref().map(|c| containers(c, full))),
             ]
         })
@@ -141,6 +157,11 @@ fn listing(rows: &[Row], full: bool) -> String {
         text.push_str(&format!("\n{remedy}\n"));
     }
     text
+}
+
+/// `2/4`: what there is of what was asked for.
+fn of<T: std::fmt::Display>(reached: Option<T>, asked: T) -> String {
+    reached.map_or_else(|| format!("?/{asked}"), |reached| format!("{reached}/{asked}"))
 }
 
 /// `app running, db stopped(3)`.
@@ -175,8 +196,12 @@ mod tests {
         let status = Status {
             version: "1".into(),
             state: "running".into(),
-            vcpus: 2,
-            memory_mib: 512,
+            vcpus: Some(2),
+            vcpus_asked: 4,
+            vcpus_max: 8,
+            memory_mib: None,
+            memory_asked_mib: 512,
+            memory_max_mib: 1024,
             containers: vec![container("a", "running", None), container("b", "stopped", Some(3))],
         };
         let shim = ProcessId { pid: 7, start_ticks: 1000 * rustix::param::clock_ticks_per_second() };
@@ -184,7 +209,10 @@ mod tests {
         assert_eq!((row.age_seconds, row.shim_pid, row.vmm_pid), (Some(130), Some(7), None));
         let text = listing(&[row], false);
         let last = text.lines().last().unwrap();
-        assert!(last.starts_with("k8s.io     web      running  2m   7     -    2      512 MiB  "), "{text}");
+        assert!(
+            last.starts_with("k8s.io     web      running  2m   7     -    2/4    ?/512 MiB  "),
+            "{text}"
+        );
         assert!(last.ends_with("name-of-a running, name-of-b stopped(3)"), "{text}");
     }
 

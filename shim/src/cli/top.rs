@@ -144,7 +144,11 @@ mod tests {
             shim_pid: None,
             vmm_pid,
             vcpus: None,
+            vcpus_asked: None,
+            vcpus_max: None,
             memory_mib: None,
+            memory_asked_mib: None,
+            memory_max_mib: None,
             containers: Some(vec![]),
             remedy: None,
         }

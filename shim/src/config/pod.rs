@@ -1,12 +1,11 @@
 //! What a pod changes in the configuration: its limits size the VM, its annotations change what the operator allows.
 //!
-//! The size is fixed when the VM starts. A limit is the sum over the pod's containers, which CRI knows beforehand and
-//! passes in the sandbox's annotations; a container without a pod brings its own. The VM gets the memory limit,
-//! rounded up to 2 MiB, and the operator's overhead for kernel and agent; of CPUs it gets the limit rounded up.
+//! A limit is the sum over the pod's containers, which CRI knows beforehand and passes in the sandbox's annotations; a
+//! container without a pod brings its own. [`size`](super::size) makes a size of it.
 
 use serde::Deserialize;
-use vmm_api::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
+use super::size::Need;
 use super::{Config, ConfigError};
 use crate::container::overview::{Overview, Role};
 
@@ -27,15 +26,21 @@ pub enum Tunable {
     Hugepages,
     /// [`Config::prefault`].
     Prefault,
+    /// [`Config::max_vcpus`].
+    MaxVcpus,
+    /// [`Config::max_memory_mib`].
+    MaxMemoryMib,
 }
 
 /// Each value with its name, which `io.ctvm.` makes an annotation of, and Kata's name for the same thing.
-const TUNABLES: [(Tunable, &str, &str); 5] = [
+const TUNABLES: [(Tunable, &str, &str); 7] = [
     (Tunable::Vcpus, "vcpus", "io.katacontainers.config.hypervisor.default_vcpus"),
     (Tunable::MemoryMib, "memory_mib", "io.katacontainers.config.hypervisor.default_memory"),
     (Tunable::Cmdline, "cmdline", "io.katacontainers.config.hypervisor.kernel_params"),
     (Tunable::Hugepages, "hugepages", "io.katacontainers.config.hypervisor.enable_hugepages"),
     (Tunable::Prefault, "prefault", "io.katacontainers.config.hypervisor.enable_mem_prealloc"),
+    (Tunable::MaxVcpus, "max_vcpus", "io.katacontainers.config.hypervisor.default_maxvcpus"),
+    (Tunable::MaxMemoryMib, "max_memory_mib", "io.katacontainers.config.hypervisor.default_maxmemory"),
 ];
 
 impl Config {
@@ -45,21 +50,9 @@ impl Config {
     /// [`ConfigError::Value`] for what is out of range or of the wrong kind, [`ConfigError::Forbidden`] for an
     /// annotation that is not on the operator's list, [`ConfigError::Unknown`] for one of ours that does not exist.
     pub fn fit_to_pod(&mut self, overview: &Overview) -> Result<(), ConfigError> {
-        self.fit_to_limits(&Limits::of(overview));
+        self.promised = promised(overview);
         self.apply_annotations(overview)?;
         self.check("annotation")
-    }
-
-    fn fit_to_limits(&mut self, limits: &Limits) {
-        if let Some(bytes) = limits.memory {
-            let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-            let mib = mib.saturating_add(self.overhead_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB);
-            self.memory_mib = mib.next_multiple_of(2);
-        }
-        if let Some((quota, period)) = limits.cpu {
-            let cpus = quota.div_ceil(period).clamp(1, u64::from(MAX_VCPUS));
-            self.vcpus = u8::try_from(cpus).expect("clamped to a u8");
-        }
     }
 
     fn apply_annotations(&mut self, overview: &Overview) -> Result<(), ConfigError> {
@@ -95,9 +88,18 @@ impl Config {
             Tunable::Vcpus => {
                 let whole = value.strip_suffix(".0").unwrap_or(value);
                 self.vcpus = whole.parse().map_err(|_| wrong("a whole number in range"))?;
+                // Said by name, it is what the pod wants whatever its limits come to.
+                self.promised.cpu = None;
             }
             Tunable::MemoryMib => {
                 self.memory_mib = value.parse().map_err(|_| wrong("a whole number in range"))?;
+                self.promised.memory = None;
+            }
+            Tunable::MaxVcpus => {
+                self.max_vcpus = value.parse().map_err(|_| wrong("a whole number in range"))?;
+            }
+            Tunable::MaxMemoryMib => {
+                self.max_memory_mib = value.parse().map_err(|_| wrong("a whole number in range"))?;
             }
             Tunable::Cmdline => self.cmdline = format!("{} {value}", self.cmdline).trim().to_owned(),
             Tunable::Hugepages => self.hugepages = flag()?,
@@ -107,51 +109,32 @@ impl Config {
     }
 }
 
-/// What a pod may use at most.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Limits {
-    /// In bytes.
-    memory: Option<u64>,
-    /// Quota and period, in microseconds.
-    cpu: Option<(u64, u64)>,
-}
-
-impl Limits {
-    fn of(overview: &Overview) -> Limits {
-        let resources = &overview.linux.resources;
-        let (memory, quota, period) = match overview.role() {
-            // Its own resources are those of a container that does nothing.
-            Role::Pod => {
-                let number = |name: &str| {
-                    overview
-                        .annotations
-                        .get(&format!("io.kubernetes.cri.sandbox-{name}"))?
-                        .parse::<i64>()
-                        .ok()
-                };
-                (number("memory"), number("cpu-quota"), number("cpu-period"))
-            }
-            Role::Single | Role::Member => {
-                let period = resources.cpu.period.and_then(|period| i64::try_from(period).ok());
-                (resources.memory.limit, resources.cpu.quota, period)
-            }
-        };
-        let positive = |number: Option<i64>| {
-            number.and_then(|number| u64::try_from(number).ok()).filter(|number| *number > 0)
-        };
-        // The kernel's own period where none is given (cgroup v2, cpu.max).
-        let cpu = positive(quota).map(|quota| (quota, positive(period).unwrap_or(100_000)));
-        Limits { memory: positive(memory), cpu }
+/// What the pod was promised: by CRI, or by its one container's configuration.
+fn promised(overview: &Overview) -> Need {
+    match overview.role() {
+        // Its own resources are those of a container that does nothing.
+        Role::Pod => {
+            let number = |name: &str| {
+                let value = overview.annotations.get(&format!("io.kubernetes.cri.sandbox-{name}"))?;
+                value.parse::<i64>().ok()
+            };
+            Need::of(number("memory"), number("cpu-quota"), number("cpu-period"))
+        }
+        Role::Single | Role::Member => overview.linux.resources.limits().need(),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use vmm_api::config::MAX_MEMORY_MIB;
+
     use super::*;
+    use crate::config::size::Size;
 
     fn fit(config: &mut Config, json: &str) -> Result<(u8, u32), ConfigError> {
         config.fit_to_pod(&Overview::parse(json.as_bytes()).unwrap())?;
-        Ok((config.vcpus, config.memory_mib))
+        let Size { vcpus, memory_mib } = config.sizing().first();
+        Ok((vcpus, memory_mib))
     }
 
     fn annotated(name: &str, value: &str) -> String {
@@ -195,6 +178,28 @@ mod tests {
         fit(&mut config, &annotated(kata, "8")).unwrap_err();
         let fraction = "io.katacontainers.config.hypervisor.default_vcpus";
         assert_eq!(fit(&mut Config::default(), &annotated(fraction, "4.0")).unwrap(), (4, 256));
+        let both = r#"{"annotations":{"io.ctvm.vcpus":"2"},
+            "linux":{"resources":{"memory":{"limit":33554432},"cpu":{"quota":400000}}}}"#;
+        assert_eq!(fit(&mut Config::default(), both).unwrap(), (2, 96), "what is said by name counts");
+    }
+
+    #[test]
+    fn annotations_change_how_far_a_pod_can_grow() {
+        let mut config = Config::parse("annotations = [\"max_vcpus\", \"max_memory_mib\"]", "x").unwrap();
+        fit(&mut config, &annotated("io.ctvm.max_vcpus", "12")).unwrap();
+        let kata = "io.katacontainers.config.hypervisor.default_maxmemory";
+        fit(&mut config, &annotated(kata, "2048")).unwrap();
+        assert_eq!(config.sizing().max, Size { vcpus: 12, memory_mib: 2048 });
+        let kata = "io.katacontainers.config.hypervisor.default_maxvcpus";
+        fit(&mut config, &annotated(kata, "6")).unwrap();
+        assert_eq!(config.sizing().max.vcpus, 6);
+        let error = fit(&mut config, &annotated(kata, "64")).unwrap_err().to_string();
+        assert!(error.contains("max_vcpus is 64, must be 0 to 32"), "{error}");
+        let mut config = Config::parse("max_vcpus = 4", "x").unwrap();
+        let error = fit(&mut config, &annotated("io.ctvm.vcpus", "5")).unwrap_err().to_string();
+        assert!(error.contains("vcpus is 5, must be 1 to 4"), "{error}");
+        let error = fit(&mut Config::default(), &annotated(kata, "6")).unwrap_err().to_string();
+        assert!(error.contains("add \"max_vcpus\" to `annotations`"), "{error}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::container::io::{Copying, Stdio};
 pub mod devices;
 pub mod hooks;
 pub mod io;
+pub mod limits;
 pub mod logger;
 pub mod overview;
 pub mod rootfs;

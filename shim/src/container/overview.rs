@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::devices::{self, Device, DeviceError, HostDisk, Rule};
 use super::hooks::Hooks;
+use super::limits::Limits;
 use super::spec::SpecError;
 
 /// What the shim itself reads from a configuration.
@@ -59,6 +60,13 @@ pub struct OverviewResources {
     pub devices: Vec<Rule>,
 }
 
+impl OverviewResources {
+    /// The limits that they set where none were before.
+    pub fn limits(&self) -> Limits {
+        Limits::default().changed(self)
+    }
+}
+
 /// `linux.resources.memory`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(default)]
@@ -75,6 +83,8 @@ pub struct OverviewCpu {
     pub quota: Option<i64>,
     /// In microseconds.
     pub period: Option<u64>,
+    /// A list of CPUs.
+    pub cpus: String,
 }
 
 /// One of `linux.namespaces`.

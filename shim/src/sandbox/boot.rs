@@ -8,24 +8,27 @@ use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_api::sandbox::{NetworkStep, SetupRequest, SetupResponse};
 use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, SHARE_TAG, STREAM_PORT};
 use tokio::sync::oneshot;
 use vmm_api::{
     ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig,
-    NetConfig, Op, Reply, VmConfig, VsockConfig,
+    NetConfig, Op, Reply, Resized, VmConfig, VsockConfig,
 };
 
 use crate::agent::{Agent, AgentError};
 use crate::clock;
 use crate::config::Config;
+use crate::config::size::Size;
 use crate::sandbox::complaints::Complaints;
 use crate::sandbox::console::Console;
 use crate::sandbox::disks::{Disk, DiskError, Held};
 use crate::sandbox::guest_log;
 use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
+use crate::sandbox::resize::{self, Change};
 use crate::sandbox::streams::Streams;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::vmm_log;
@@ -75,10 +78,10 @@ pub struct Vm {
     pub streams: Arc<Streams>,
     /// What its console said.
     pub console: Console,
-    /// Its vCPUs.
-    pub vcpus: u8,
-    /// Its memory, MiB.
-    pub memory_mib: u32,
+    /// What it booted with.
+    pub boot: Size,
+    /// What came of growing it, if it booted small.
+    pub grown: Option<Result<Resized, VmmError>>,
     /// Its disks beside the guest's image, in the order of their numbers.
     pub disks: tokio::sync::Mutex<Vec<Held>>,
 }
@@ -221,10 +224,9 @@ pub async fn boot(
     fds.extend(network.devices.iter().flat_map(|device| &device.taps).map(AsFd::as_fd));
     fds.extend(disks.iter().map(|disk| disk.file().as_fd()));
     match come_up(plan, &hardware, &vmm, events, &streams, &fds, timeline).await {
-        Ok(agent) => {
-            let Config { vcpus, memory_mib, .. } = plan.config;
+        Ok((agent, grown)) => {
             let disks = tokio::sync::Mutex::new(disks.iter().map(Disk::held).collect());
-            Ok(Vm { vmm, agent, streams, console, vcpus, memory_mib, disks })
+            Ok(Vm { vmm, agent, streams, console, boot: plan.config.boot_size(), grown, disks })
         }
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
@@ -242,7 +244,7 @@ async fn come_up(
     streams: &Arc<Streams>,
     fds: &[BorrowedFd<'_>],
     timeline: &Timeline,
-) -> Result<Agent, (Stage, BootCause)> {
+) -> Result<(Agent, Option<Result<Resized, VmmError>>), (Stage, BootCause)> {
     let config = &plan.config;
     let limit = config.timeouts.vmm();
     let (agent_tx, agent) = oneshot::channel();
@@ -259,18 +261,13 @@ async fn come_up(
     timeline.reached_at("guest loaded", stages.loaded_us);
     timeline.reached_at("vcpu running", stages.running_us);
 
-    let boot_limit = config.timeouts.boot();
-    let connection = tokio::select! {
-        connected = tokio::time::timeout(boot_limit, agent) => match connected {
-            Ok(Ok(connection)) => connection,
-            // The dispatcher ended without it: the VMM is gone.
-            Ok(Err(_)) => return Err((Stage::Agent, gone(vmm).await)),
-            Err(_) => return Err((Stage::Agent, BootCause::Deadline(boot_limit))),
-        },
-        _ = vmm.exited() => return Err((Stage::Agent, gone(vmm).await)),
-    };
-    let ready_us = clock::monotonic_us();
+    // The guest's kernel grows before it has run its first program.
+    let (connection, grown) = tokio::join!(connection(vmm, agent, config.timeouts.boot()), grow(vmm, config));
+    let (connection, ready_us) = connection.map_err(|cause| (Stage::Agent, cause))?;
     timeline.reached_at("agent ready", ready_us);
+    if let Some((_, at)) = &grown {
+        timeline.reached_at("vm grown", *at);
+    }
 
     let agent = Agent::new(connection, config.timeouts.agent()).map_err(|e| (Stage::Setup, e.into()))?;
     let setup = setup_request(plan, &hardware.network.steps)
@@ -284,7 +281,40 @@ async fn come_up(
         response.agent_version,
         vmm.pid()
     );
-    Ok(agent)
+    Ok((agent, grown.map(|(grown, _)| grown)))
+}
+
+/// Waits for the agent's connection; when it came.
+async fn connection(
+    vmm: &Vmm,
+    agent: oneshot::Receiver<OwnedFd>,
+    limit: Duration,
+) -> Result<(OwnedFd, u64), BootCause> {
+    tokio::select! {
+        connected = tokio::time::timeout(limit, agent) => match connected {
+            Ok(Ok(connection)) => Ok((connection, clock::monotonic_us())),
+            // The dispatcher ended without it: the VMM is gone.
+            Ok(Err(_)) => Err(gone(vmm).await),
+            Err(_) => Err(BootCause::Deadline(limit)),
+        },
+        _ = vmm.exited() => Err(gone(vmm).await),
+    }
+}
+
+/// Grows a VM that boots small to the pod's size; what came of it, and when.
+async fn grow(vmm: &Vmm, config: &Config) -> Option<(Result<Resized, VmmError>, u64)> {
+    let (boot, first) = (config.boot_size(), config.sizing().first());
+    let change = Change {
+        vcpus: Some(first.vcpus).filter(|vcpus| *vcpus > boot.vcpus),
+        memory_mib: Some(first.memory_mib).filter(|mib| *mib > boot.memory_mib),
+    };
+    match change {
+        Change { vcpus: None, memory_mib: None } => None,
+        change => {
+            let grown = resize::change(vmm, change, config.timeouts.resize()).await;
+            Some((grown, clock::monotonic_us()))
+        }
+    }
 }
 
 async fn gone(vmm: &Vmm) -> BootCause {
@@ -338,9 +368,11 @@ fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
         more => format!("{CMDLINE} {more}"),
     };
     let kernel = KernelConfig { image: FdIndex(0), initrd: None, cmdline, pvh: true };
+    let (boot, max) = (config.boot_size(), config.sizing().max);
     VmConfig {
         name: plan.name.chars().take(128).collect(),
-        vcpus: config.vcpus,
+        vcpus: boot.vcpus,
+        max_vcpus: Some(max.vcpus).filter(|max| *max > boot.vcpus),
         memory: MemoryConfig {
             backing: if config.hugepages {
                 GuestMemoryBacking::Hugetlbfs
@@ -348,7 +380,8 @@ fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
                 GuestMemoryBacking::Anonymous
             },
             prefault: config.prefault,
-            ..MemoryConfig::new(config.memory_mib)
+            max_mib: Some(max.memory_mib).filter(|max| *max > boot.memory_mib),
+            ..MemoryConfig::new(boot.memory_mib)
         },
         disks: std::iter::once(image).chain(disks).collect(),
         vsock: Some(VsockConfig { cid: GUEST_CID, ports: vec![AGENT_PORT, STREAM_PORT, LOG_PORT] }),
@@ -359,7 +392,7 @@ fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
         nets: net_configs(&network.devices),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
-        ..VmConfig::new(config.memory_mib, kernel)
+        ..VmConfig::new(boot.memory_mib, kernel)
     }
 }
 
@@ -401,14 +434,30 @@ mod tests {
 
     #[test]
     fn the_vm_is_as_configured() {
-        let config = Config { vcpus: 2, hugepages: true, cmdline: " debug ".into(), ..Config::default() };
+        let config = Config {
+            vcpus: 2,
+            max_vcpus: 4,
+            hugepages: true,
+            cmdline: " debug ".into(),
+            ..Config::default()
+        };
         let plan = Plan { config, name: "n".repeat(300), hostname: "h".into(), extras: Extras::default() };
         let vm = vm_config(&plan, &Hardware::default());
-        assert_eq!((vm.vcpus, vm.memory.size_mib, vm.name.len()), (2, 256, 128));
+        assert_eq!((vm.vcpus, vm.max_vcpus, vm.memory.size_mib, vm.name.len()), (2, Some(4), 256, 128));
         assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);
         assert!(vm.kernel.cmdline.ends_with("panic=-1 debug"), "{}", vm.kernel.cmdline);
         assert!(vm.disks[0].read_only);
         assert_eq!(vm.vsock.unwrap().ports, [1024, 1025, 1026]);
+    }
+
+    #[test]
+    fn one_that_boots_small_can_become_as_large_as_its_pod() {
+        let resize = crate::config::Resize { boot_small: true };
+        let config = Config { vcpus: 4, max_vcpus: 4, memory_mib: 512, resize, ..Config::default() };
+        let plan = Plan { config, name: "n".into(), hostname: "h".into(), extras: Extras::default() };
+        let vm = vm_config(&plan, &Network::default());
+        assert_eq!((vm.vcpus, vm.max_vcpus), (1, Some(4)));
+        assert_eq!((vm.memory.size_mib, vm.memory.max_mib), (128, Some(512)));
     }
 
     #[test]

@@ -44,11 +44,12 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Changes a container's limits in the guest. Annotations are not looked at: none has a meaning here.
+    /// Changes a container's limits in the guest, and the VM's size with them. Annotations are not looked at: none has a
+    /// meaning here.
     ///
     /// # Errors
-    /// [`TaskError::Phase`] when it has ended, [`TaskError::Request`] for anything but Linux's resources; whatever the
-    /// agent says.
+    /// [`TaskError::Phase`] when it has ended, [`TaskError::Request`] for anything but Linux's resources,
+    /// [`TaskError::Resize`] when the VM cannot follow; whatever the agent says.
     pub async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), TaskError> {
         let (_, init) = self.process(&request.id, "")?;
         if let phase @ Phase::Stopped(_) = init.phase() {
@@ -62,7 +63,7 @@ impl Sandbox {
         RESOURCES_TYPE_URL.clone_into(&mut resources.type_url);
         request.annotations.clear();
         let vm = self.running_vm().ok_or(TaskError::Finished)?;
-        vm.agent.update(&request).await.map_err(|e| self.explained(e))
+        self.change_limits(&vm, &request).await
     }
 
     /// What a container has used, by the guest's counters, in this host's shape.

@@ -19,7 +19,7 @@ use crate::args;
 use crate::container::hooks::{HookError, Moment, Subject};
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
-use crate::container::overview::Overview;
+use crate::container::overview::{Overview, Role};
 use crate::container::rootfs::HugePages;
 use crate::container::spec::Place;
 use crate::container::{Container, Phase, Process, rootfs, spec};
@@ -75,6 +75,7 @@ impl Sandbox {
             log::error!(container:% = request.id; "creating it: {}", e.chain());
             self.unshare(&container).await;
             self.containers.lock().expect("no code panics while it holds this lock").remove(&request.id);
+            self.leave_room(&request.id);
             return Err(e);
         }
         drop(turn);
@@ -128,6 +129,10 @@ impl Sandbox {
         let layers = rootfs::parse(&request.rootfs)?;
 
         let vm = self.vm().await?;
+        // What stands for the pod does nothing.
+        if overview.role() != Role::Pod {
+            self.make_room(&vm, id, overview.linux.resources.limits().without_cpus()).await?;
+        }
         container.set_pid(self.free_pid(&vm));
         for (index, disk) in guest.disks.clone().iter().enumerate() {
             let number = self.disk(&vm, disk).await?;

@@ -210,7 +210,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`TaskError::Phase`] while it runs.
-    pub async fn delete(&self, id: &str) -> Result<(u32, Exit), TaskError> {
+    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(u32, Exit), TaskError> {
         let (container, process) = self.process(id, "")?;
         let _turn = container.turn.lock().await;
         // Another delete may have had its turn meanwhile.
@@ -234,6 +234,7 @@ impl Sandbox {
         // One that fails is logged, and the container is gone.
         let _ = self.run_hooks(&container, Moment::Deleted).await;
         self.containers.lock().expect("no code panics while it holds this lock").remove(id);
+        self.leave_room(id);
         let (pid, exit) = (container.pid(), exit_of(&process));
         let mut event = TaskDelete::new();
         event.container_id = id.to_owned();

@@ -23,6 +23,7 @@ use crate::sandbox::net::{Joined, NetError, Network};
 use crate::sandbox::operator::Operator;
 use crate::sandbox::pod::Extras;
 use crate::sandbox::pod_life::PodLife;
+use crate::sandbox::resize::Resizer;
 use crate::sandbox::state_file::{ProcessId, State};
 use crate::sandbox::timeline::Timeline;
 use crate::streaming::Desk;
@@ -44,6 +45,7 @@ pub mod operator;
 pub mod pod;
 pub mod pod_life;
 pub mod relay;
+pub mod resize;
 pub mod state_file;
 pub mod streams;
 pub mod timeline;
@@ -64,6 +66,8 @@ pub struct Sandbox {
     pub operator: Operator,
     /// Streams of processes that containerd dials.
     pub streaming: Arc<Desk>,
+    /// How large its VM is.
+    pub resizer: Resizer,
     namespace: String,
     state_dir: PathBuf,
     state: Mutex<State>,
@@ -112,9 +116,11 @@ impl Sandbox {
         let state = State { shim, socket: socket.to_owned(), ..State::default() };
         state.write(state_dir)?;
         let timeline = Timeline::new(state_dir, config.timeline_dir.as_deref(), namespace, id);
+        let resizer = Resizer::new(&config);
         Ok(Arc::new(Sandbox {
             id: id.to_owned(),
             config,
+            resizer,
             events,
             timeline,
             operator: Operator::default(),
@@ -135,7 +141,7 @@ impl Sandbox {
         *self.pod.lock().expect("no code panics while it holds this lock") = Some(PodLife::awaited(slot));
     }
 
-    /// Boots the VM, as large as `config` has it. To be called once.
+    /// Boots the VM for a pod of this configuration. To be called once.
     pub async fn boot(
         self: &Arc<Self>,
         overview: &Overview,
@@ -151,7 +157,8 @@ impl Sandbox {
             // Linux' HOST_NAME_MAX is 64.
             hostname: hostname.chars().take(63).collect(),
         };
-        let network = match self.connect(overview, plan.config.vcpus).await {
+        self.resizer.boots_with(&plan.config).await;
+        let network = match self.connect(overview, plan.config.sizing().first().vcpus).await {
             Ok(network) => network,
             Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
         };
@@ -180,6 +187,7 @@ impl Sandbox {
         };
         match boot::boot(&plan, Hardware { network, disks }, slot, &self.timeline, spawned).await {
             Ok(vm) => {
+                self.grown(&vm);
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
                 tokio::spawn(self.clone().watch_vm(vm.clone()));

@@ -13,9 +13,11 @@
 //! | `oom N` | counts as one more process of its container that was killed for want of memory, and ends with that code |
 //! | `oom` | the same, and runs until it is killed |
 //! | `missing` | cannot be started |
+//! | `journal` | writes to stdout what VM and containers were told about sizes, a line each |
 //!
 //! and how its boot should fail in words of the kernel's command line: `fake=refuse|mute|panic|crash`; with `fake=slow`
-//! it takes its time to show a directory, and with `fake=deaf` neither monitor nor agent answers when asked how it is.
+//! it takes its time to show a directory, and with `fake=deaf` neither monitor nor agent answers when asked how it is. The
+//! first resize ends as `resize=…` says; see [`vm`].
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -44,11 +46,14 @@ use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::asynchronous::transport::{Listener, Socket};
+use vm::{FakeVm, Journal};
 use vmm_api::frame::{self, FrameError};
 use vmm_api::{
     ApiError, CONTROL_FD, ErrorCode, Event, ExitReason, FdIndex, Message, Op, Outcome, Reply, Request, Stats,
     Timeline,
 };
+
+mod vm;
 
 /// What `fake=slow` waits: any test's patience with a create is far below it.
 const SLOW: Duration = Duration::from_millis(500);
@@ -67,6 +72,8 @@ pub fn run() -> ! {
     let shares = Shares::default();
     let mut fault = String::new();
     let mut console = None;
+    let journal = Journal::default();
+    let mut vm = None;
     loop {
         let packet = match frame::recv(&*control) {
             Ok(packet) => packet,
@@ -81,6 +88,7 @@ pub fn run() -> ! {
                 console = fds.pop();
                 let word = config.kernel.cmdline.split(' ').find_map(|w| w.strip_prefix("fake="));
                 word.unwrap_or_default().clone_into(&mut fault);
+                vm = Some(Arc::new(FakeVm::new(&config, journal.clone())));
                 if fault == "refuse" {
                     Outcome::Err(ApiError::msg(ErrorCode::FailedPrecondition, "no /dev/kvm on this host"))
                 } else {
@@ -103,10 +111,20 @@ pub fn run() -> ! {
                 Some(_) => Outcome::Ok(Reply::Done),
                 None => Outcome::Err(ApiError::msg(ErrorCode::NotFound, at)),
             },
+            Op::Resize { vcpus, memory_mib, timeout_ms } => {
+                let (vm, control) = (vm.clone().expect("configured"), control.clone());
+                // Others are answered meanwhile.
+                std::thread::spawn(move || {
+                    let outcome = vm.resize(vcpus, memory_mib, timeout_ms);
+                    tell(&control, &Message::Reply { id, outcome });
+                });
+                continue;
+            }
             // Silent, as a monitor that hangs is.
             Op::Stats if fault == "deaf" => continue,
             Op::Stats => {
                 let mut stats = Stats { state: "running".into(), ..Stats::default() };
+                vm.as_ref().expect("configured").count(&mut stats);
                 stats.exits.insert("mmio_write".into(), 7);
                 stats.devices.insert("blk0".into(), [("reads".to_owned(), 3)].into());
                 Outcome::Ok(Reply::Stats(Box::new(stats)))
@@ -141,7 +159,8 @@ pub fn run() -> ! {
                     let console = console.as_ref().expect("configured");
                     rustix::io::write(console, b"CTVM-INIT\r\n\x1b[2J").unwrap();
                     let (control, shares, is_deaf) = (control.clone(), shares.clone(), fault == "deaf");
-                    std::thread::spawn(move || agent(control, shares, is_deaf));
+                    let journal = journal.clone();
+                    std::thread::spawn(move || agent(control, shares, is_deaf, journal));
                 }
             }
         }
@@ -161,14 +180,14 @@ fn dial(control: &OwnedFd, port: u32) -> UnixStream {
     guest
 }
 
-fn agent(control: Arc<OwnedFd>, shares: Shares, is_deaf: bool) {
+fn agent(control: Arc<OwnedFd>, shares: Shares, is_deaf: bool, journal: Journal) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async move {
         let mut log = dial(&control, LOG_PORT);
         log.write_all(b"{\"level\":\"info\",\"source\":\"agent\",\"container\":\"web\",\"msg\":\"fake \\u001b agent up\"}\n").unwrap();
         let socket = Socket::try_from(dial(&control, AGENT_PORT)).unwrap();
         let connections = async_stream(socket);
-        let fake = Arc::new(Fake { control, shares, processes: Mutex::default(), is_deaf });
+        let fake = Arc::new(Fake { control, shares, processes: Mutex::default(), is_deaf, journal });
         let mut server = Server::new()
             .add_listener(Listener::new(connections))
             .register_service(create_task(fake.clone()))
@@ -190,6 +209,7 @@ struct Fake {
     shares: Shares,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
     is_deaf: bool,
+    journal: Journal,
 }
 
 struct Process {
@@ -248,7 +268,7 @@ impl Process {
         });
     }
 
-    fn run(&self, shares: &Shares) {
+    fn run(&self, shares: &Shares, journal: &Journal) {
         let [stdin, stdout, stderr] =
             self.streams.lock().unwrap().each_ref().map(|s| s.as_ref().map(|s| s.try_clone().unwrap()));
         let write = |stream: Option<UnixStream>, text: &[u8]| {
@@ -276,6 +296,10 @@ impl Process {
                 let mut text = String::new();
                 std::fs::File::from(file.unwrap()).read_to_string(&mut text).unwrap();
                 write(stdout, text.as_bytes());
+                0
+            }
+            ["journal"] => {
+                write(stdout, journal.text().as_bytes());
                 0
             }
             ["oom", code] => {
@@ -356,6 +380,7 @@ impl Task for Fake {
             serde_json::from_slice(&request.options.value).expect("a configuration");
         assert_eq!(spec["root"]["path"], format!("/run/ctvm/share/{}", request.id));
         assert!(self.shares.lock().unwrap().contains_key(&request.id), "the root is shown first");
+        self.journal.note(format!("create {}", request.id));
         let args = args_of(&spec["process"]);
         self.add(&request.id, "", args, [&request.stdin, &request.stdout, &request.stderr]);
         Ok(CreateTaskResponse::new())
@@ -377,8 +402,8 @@ impl Task for Fake {
             process.end(255);
             return Err(refused(ttrpc::Code::INVALID_ARGUMENT, "exec \"missing\": no such file"));
         }
-        let shares = self.shares.clone();
-        std::thread::spawn(move || process.run(&shares));
+        let (shares, journal) = (self.shares.clone(), self.journal.clone());
+        std::thread::spawn(move || process.run(&shares, &journal));
         Ok(StartResponse::new())
     }
 
@@ -428,10 +453,12 @@ impl Task for Fake {
         assert_eq!(request.resources.type_url, RESOURCES_TYPE_URL);
         let resources: serde_json::Value =
             serde_json::from_slice(&request.resources.value).expect("resources");
-        match resources["pids"]["limit"].as_i64() {
-            Some(limit) if limit < 100 => Ok(Empty::new()),
-            _ => Err(refused(ttrpc::Code::INVALID_ARGUMENT, "pids.limit must be below 100")),
+        if resources["pids"]["limit"].as_i64().is_some_and(|limit| limit >= 100) {
+            self.journal.note(format!("limits of {} refused", request.id));
+            return Err(refused(ttrpc::Code::INVALID_ARGUMENT, "pids.limit must be below 100"));
         }
+        self.journal.note(format!("limits of {}", request.id));
+        Ok(Empty::new())
     }
 
     async fn pids(&self, _: &TtrpcContext, _: PidsRequest) -> ttrpc::Result<PidsResponse> {

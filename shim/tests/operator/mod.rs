@@ -15,13 +15,13 @@ use agent_api::task::TaskClient;
 use serde_json::Value;
 
 /// `ctvm` with its arguments.
-fn ctvm(daemon: &Daemon, arguments: &[&str]) -> Command {
+pub fn ctvm(daemon: &Daemon, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ctvm"));
     command.args(arguments).env("CTVM_RUN_DIR", daemon.path("run")).stdin(Stdio::null());
     command
 }
 
-async fn run(mut command: Command) -> Output {
+pub async fn run(mut command: Command) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
@@ -33,7 +33,7 @@ pub async fn told(daemon: &Daemon, arguments: &[&str]) -> String {
 }
 
 /// Its status and its one line of complaint.
-async fn refused(daemon: &Daemon, arguments: &[&str]) -> (i32, String) {
+pub async fn refused(daemon: &Daemon, arguments: &[&str]) -> (i32, String) {
     let output = run(ctvm(daemon, arguments)).await;
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(text.lines().count(), 1, "{text}");
@@ -61,7 +61,7 @@ async fn ask(daemon: &Daemon, request: &[u8]) -> String {
 }
 
 /// The value of the sample that begins with `name{namespace="test",sandbox="web"` and has `labels` after that.
-fn value(text: &str, name: &str, labels: &str) -> Option<f64> {
+pub fn value(text: &str, name: &str, labels: &str) -> Option<f64> {
     let begin = match labels {
         "" => format!("{name}{{namespace=\"test\",sandbox=\"web\"}} "),
         labels => format!("{name}{{namespace=\"test\",sandbox=\"web\",{labels}}} "),
@@ -146,9 +146,16 @@ fn heads_are_right(text: &str) {
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').unwrap();
             assert_eq!(name, current);
-            assert_eq!(kind, if name.ends_with("_total") { "counter" } else { "gauge" });
+            let expected = match name {
+                _ if name.ends_with("_total") => "counter",
+                "ctvm_resize_duration_seconds" => "histogram",
+                _ => "gauge",
+            };
+            assert_eq!(kind, expected);
         } else {
-            assert_eq!(line.split(['{', ' ']).next(), Some(current), "{line}");
+            let name = line.split(['{', ' ']).next().unwrap();
+            let histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            assert!(name == current || histogram == Some(current), "{line}");
         }
     }
     assert!(seen.len() > 3, "{text}");

@@ -18,6 +18,7 @@ use vmm_api::{Op, Reply, Stats};
 use super::counters::ExitKind;
 use super::exposition::{Exposition, Kind, seconds};
 use super::memory::{self, Footprint};
+use super::size;
 use super::status::{CONTAINER_STATES, Status};
 use crate::clock;
 use crate::sandbox::boot::Vm;
@@ -114,6 +115,7 @@ fn write(sandbox: &Sandbox, runs: bool, status: &Status, seen: &Answers, begun: 
     describe(&mut to, status, seen.info.as_ref());
     start(&mut to, sandbox);
     ends(&mut to, sandbox);
+    size::write(&mut to, status, seen.stats.as_ref(), &sandbox.operator.counters.read());
     if let Some(stats) = &seen.stats {
         devices(&mut to, stats);
     }
@@ -180,12 +182,6 @@ fn describe(to: &mut Exposition, status: &Status, info: Option<&InfoResponse>) {
             ],
             1_u64,
         );
-    to.gauge("ctvm_vcpus", "vCPUs of the VM.", u32::from(status.vcpus));
-    to.gauge(
-        "ctvm_guest_memory_configured_bytes",
-        "Guest memory of the VM.",
-        u64::from(status.memory_mib) << 20,
-    );
     let mut containers = to.family("ctvm_containers", Kind::Gauge, "Containers of the sandbox, by state.");
     for state in CONTAINER_STATES {
         let count = status.containers.iter().filter(|c| c.state == state).count();

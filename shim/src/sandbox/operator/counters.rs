@@ -1,7 +1,9 @@
-//! What happened in a sandbox, counted: ends of processes by kind, and containers that were made again.
+//! What happened in a sandbox, counted: ends of processes by kind, containers that were made again, and resizes asked for.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+
+use crate::sandbox::resize::By;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +61,8 @@ pub struct Counts {
     pub exits: BTreeMap<(bool, ExitKind), u64>,
     /// How often a container of that name was made again.
     pub restarts: BTreeMap<String, u64>,
+    /// How often the VM was asked to have another size.
+    pub resizes: BTreeMap<By, u64>,
 }
 
 impl Counters {
@@ -76,6 +80,12 @@ impl Counters {
         } else if counts.restarts.len() < MAX_NAMES {
             counts.restarts.insert(name.to_owned(), 0);
         }
+    }
+
+    /// The VM is asked to have another size.
+    pub fn resized(&self, by: By) {
+        let mut counts = self.0.lock().expect("no code panics while it holds this lock");
+        *counts.resizes.entry(by).or_default() += 1;
     }
 
     /// The values now.

@@ -33,6 +33,7 @@ pub mod counters;
 pub mod exposition;
 pub mod http;
 pub mod memory;
+pub mod size;
 pub mod status;
 
 /// Name of the socket in a sandbox's state directory.

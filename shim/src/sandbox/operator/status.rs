@@ -6,16 +6,24 @@ use crate::container::{Container, Phase};
 use crate::sandbox::{Progress, Sandbox};
 
 /// A sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Of the shim.
     pub version: String,
     /// `booting`, `running`, `failed` (the VM did not come up), `ended` (it is gone) or `closing`.
     pub state: String,
-    /// vCPUs.
-    pub vcpus: u8,
-    /// Guest memory, MiB.
-    pub memory_mib: u32,
+    /// vCPUs that the guest has online; none: it has not said.
+    pub vcpus: Option<u8>,
+    /// vCPUs asked for.
+    pub vcpus_asked: u8,
+    /// The most vCPUs.
+    pub vcpus_max: u8,
+    /// Guest memory, MiB; none: the guest has not said.
+    pub memory_mib: Option<u32>,
+    /// Guest memory asked for, MiB.
+    pub memory_asked_mib: u32,
+    /// The most guest memory, MiB.
+    pub memory_max_mib: u32,
     /// Its containers, by id.
     pub containers: Vec<ContainerStatus>,
 }
@@ -49,18 +57,18 @@ impl Status {
             Progress::Up(vm) if vm.vmm.exit().is_some() => "ended",
             Progress::Up(_) => "running",
         };
-        // The Sandbox API tells a pod's limits only when it makes the VM.
-        let (vcpus, memory_mib) = match &*sandbox.vm.borrow() {
-            Progress::Up(vm) => (vm.vcpus, vm.memory_mib),
-            _ => (sandbox.config.vcpus, sandbox.config.memory_mib),
-        };
+        let sizes = sandbox.resizer.now();
         let mut containers: Vec<_> = sandbox.containers().iter().map(|c| ContainerStatus::of(c)).collect();
         containers.sort_by(|a, b| a.id.cmp(&b.id));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             state: state.to_owned(),
-            vcpus,
-            memory_mib,
+            vcpus: sizes.vcpus,
+            vcpus_asked: sizes.asked.vcpus,
+            vcpus_max: sizes.max.vcpus,
+            memory_mib: sizes.memory_mib,
+            memory_asked_mib: sizes.asked.memory_mib,
+            memory_max_mib: sizes.max.memory_mib,
             containers,
         }
     }
