@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use shim::cli::{Failure, check, exec, logs, metrics, ps, run, top};
+use shim::cli::{Failure, check, exec, logs, metrics, ps, resize, run, top};
 use shim::error::chain;
 use shim::vmm::ControlSlot;
 
@@ -33,6 +33,9 @@ enum Command {
     /// Run a command in a container of a sandbox
     #[command(after_help = EXEC_EXAMPLES)]
     Exec(exec::Exec),
+    /// Have a sandbox's VM grow or shrink while it runs
+    #[command(after_help = RESIZE_EXAMPLES)]
+    Resize(resize::Resize),
     /// Print the metrics of all sandboxes, or serve them to Prometheus
     #[command(after_help = METRICS_EXAMPLES)]
     Metrics(metrics::Metrics),
@@ -48,12 +51,14 @@ Examples:
   ctvm check
   ctvm ps
   ctvm exec -t web -- sh
+  ctvm resize --cpus 4 --memory 1024 web
   ctvm run --kernel vmlinux --rootfs rootfs.erofs
   ctr run --rm --runtime io.containerd.ctvm.v2 docker.io/library/busybox:latest demo uname -r
 
 Exit status:
   0   the guest powered off; every check passed     7   the VMM cannot be found or started
-  1   a check failed, or a defect of ours           8   the VMM did not answer
+  1   a check failed, a resize was not done, or     8   the VMM did not answer
+      a defect of ours
   2   wrong command line                            11  the guest's kernel panicked
   3   a file cannot be opened                       12  KVM could not go on running a vCPU
   4   the VM asked for cannot be made               13  the VMM failed
@@ -67,6 +72,8 @@ Examples:
   ctvm ps
   Ids of the sandboxes that are not well:
     ctvm ps --json | jq -r '.[] | select(.remedy) | .sandbox'
+
+VCPUS and MEMORY  what the guest has of what was asked for, as 2/4; a ? where it has not said
 
 States: booting, running, failed (the VM did not come up), ended (the VM is gone), closing; silent (the shim does not
 answer) and dead (the shim has ended) come with what to do.";
@@ -100,6 +107,17 @@ Examples:
 The command has the container's user, capabilities, environment and directory. Its exit status is ours; 125 is a failure
 before it ran.";
 
+const RESIZE_EXAMPLES: &str = "\
+Examples:
+  ctvm resize --cpus 4 web
+  ctvm resize --cpus 2 --memory 2G --timeout 60 k8s.io/4f0c
+
+The VM can grow to max_vcpus and max_memory_mib of the runtime's configuration, and memory does not go below what it booted
+with. It stays so until a container's limits change, or a container is made that needs more or is removed: then the VM has
+the size of the pod's limits again. vCPUs that a container's cpuset names stay.
+
+Exit status: 0 when all is done, 1 when it is not; what was reached is told.";
+
 const METRICS_EXAMPLES: &str = "\
 Examples:
   ctvm metrics
@@ -132,6 +150,11 @@ fn main() -> ExitCode {
             });
         }
         Command::Run(options) => slot.map_err(Failure::from).and_then(|slot| run::run(&options, slot)),
+        Command::Resize(options) => match resize::run(&options) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(failure) => Err(failure),
+        },
         Command::Ps(options) => ps::run(&options),
         Command::Top(options) => top::run(&options),
         Command::Logs(options) => logs::logs(&options),

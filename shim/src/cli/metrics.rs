@@ -14,7 +14,7 @@ use crate::cli::Failure;
 use crate::cli::merge::Merged;
 use crate::cli::node::{self, NodeError};
 use crate::sandbox::operator::exposition::{Exposition, Kind};
-use crate::sandbox::operator::http::{self, HEAD_TIMEOUT, RequestError};
+use crate::sandbox::operator::http::{self, HEAD_TIMEOUT, Method, RequestError};
 
 /// Clients at once.
 const MAX_CLIENTS: usize = 16;
@@ -177,6 +177,9 @@ fn serve<S: Stream>(mut accept: impl FnMut() -> io::Result<S>) -> Result<(), Fai
 fn attend(mut stream: impl Stream) -> io::Result<()> {
     stream.limit(HEAD_TIMEOUT, WRITE_TIMEOUT)?;
     let (status, content_type, body) = match read_request(&mut stream) {
+        Ok(request) if request.method != Method::Get => {
+            ("405 Method Not Allowed", http::TEXT_TYPE, "the only method is GET\n".to_owned())
+        }
         Ok(request) if request.path == "/metrics" => match collect() {
             Ok(text) => ("200 OK", http::METRICS_TYPE, text),
             Err(e) => ("500 Internal Server Error", http::TEXT_TYPE, format!("{e}\n")),
@@ -246,9 +249,12 @@ mod tests {
 
     #[test]
     fn wrong_requests_are_answered() {
-        for (request, status) in
-            [("GET /x HTTP/1.1\r\n\r\n", "404"), ("PUT /metrics HTTP/1.1\r\n\r\n", "405"), ("\u{1}\n", "400")]
-        {
+        for (request, status) in [
+            ("GET /x HTTP/1.1\r\n\r\n", "404"),
+            ("PUT /metrics HTTP/1.1\r\n\r\n", "405"),
+            ("POST /metrics HTTP/1.1\r\n\r\n", "405"),
+            ("\u{1}\n", "400"),
+        ] {
             let (mut client, server) = UnixStream::pair().unwrap();
             client.write_all(request.as_bytes()).unwrap();
             client.shutdown(std::net::Shutdown::Write).unwrap();

@@ -6,7 +6,7 @@
 //! | status | class |
 //! | --- | --- |
 //! | 0 | the guest powered off or was asked to; every check passed |
-//! | 1 | a check failed, or a defect of ours |
+//! | 1 | a check failed, a resize was not done, or a defect of ours |
 //! | 2 | the command line is wrong |
 //! | 3 | a file cannot be opened |
 //! | 4 | the VM asked for cannot be made (not a kernel, too little memory, …) |
@@ -40,6 +40,7 @@ pub mod merge;
 pub mod metrics;
 pub mod node;
 pub mod ps;
+pub mod resize;
 pub mod run;
 pub mod table;
 pub mod top;
@@ -78,6 +79,9 @@ pub enum Failure {
     /// No such sandbox, or no answer from it.
     #[error(transparent)]
     Node(#[from] NodeError),
+    /// A resize that could not be tried.
+    #[error("not resized: {0}")]
+    NotResized(String),
     /// The terminal, or another part of this process.
     #[error("{what}")]
     Local {
@@ -110,7 +114,7 @@ impl Failure {
             Failure::Ended(reason) => reason.exit_status(),
             Failure::Crashed { .. } => 14,
             Failure::Node(error) => error.exit_status(),
-            Failure::Local { .. } => 1,
+            Failure::Local { .. } | Failure::NotResized(_) => 1,
         }
     }
 

@@ -166,7 +166,7 @@ impl Found {
         if !self.shim_runs() {
             return Err(self.dead());
         }
-        let stream = request(&self.dir, target).map_err(|e| self.silent(e))?;
+        let stream = request(&self.dir, "GET", target, PATIENCE).map_err(|e| self.silent(e))?;
         let head = read_head(&stream).map_err(|e| self.silent(e))?;
         if head.split(' ').nth(1) == Some("200") {
             return Ok(stream);
@@ -176,6 +176,24 @@ impl Found {
         let _ = (&stream).take(4096).read_to_string(&mut text);
         let line = head.lines().next().unwrap_or_default();
         Err(NodeError::Answer { id: self.full_name(), text: format!("{line}: {}", text.trim()) })
+    }
+
+    /// Has something done, which may take so long, and gives what it answers.
+    ///
+    /// # Errors
+    /// [`NodeError::Dead`], [`NodeError::Silent`].
+    pub fn post(&self, target: &str, patience: Duration) -> Result<Answer, NodeError> {
+        if !self.shim_runs() {
+            return Err(self.dead());
+        }
+        let exchange = || {
+            let stream = request(&self.dir, "POST", target, patience)?;
+            let head = read_head(&stream)?;
+            let mut body = String::new();
+            stream.take(MAX_ANSWER).read_to_string(&mut body)?;
+            Ok(Answer { is_ok: head.split(' ').nth(1) == Some("200"), body })
+        };
+        exchange().map_err(|e| self.silent(e))
     }
 
     /// Asks how it is.
@@ -189,20 +207,30 @@ impl Found {
     }
 }
 
-/// Connects and asks. Neither waits longer than [`PATIENCE`], not even for a shim that takes no connections.
-fn request(dir: &Path, target: &str) -> io::Result<UnixStream> {
+/// What a sandbox answers to what it was to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether it was tried.
+    pub is_ok: bool,
+    /// Its words.
+    pub body: String,
+}
+
+/// Connects and asks. Neither waits longer than [`PATIENCE`], not even for a shim that takes no connections; the answer may
+/// take `patience`.
+fn request(dir: &Path, method: &str, target: &str, patience: Duration) -> io::Result<UnixStream> {
     // A state directory's path may be longer than a socket's address.
     let dir = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let short = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(&short)?)?;
     let stream = UnixStream::from(socket);
     io::Write::write_all(
         &mut &stream,
-        format!("GET {target} HTTP/1.1\r\nHost: ctvm\r\nConnection: close\r\n\r\n").as_bytes(),
+        format!("{method} {target} HTTP/1.1\r\nHost: ctvm\r\nConnection: close\r\n\r\n").as_bytes(),
     )?;
     Ok(stream)
 }

@@ -82,7 +82,7 @@ pub struct Run {
     pub verbose: bool,
 }
 
-fn memory_mib(text: &str) -> Result<u32, String> {
+pub(super) fn memory_mib(text: &str) -> Result<u32, String> {
     let (digits, factor) = match text.char_indices().last() {
         Some((at, 'M' | 'm')) => (&text[..at], 1),
         Some((at, 'G' | 'g')) => (&text[..at], 1024),

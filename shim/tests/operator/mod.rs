@@ -192,6 +192,10 @@ async fn wrong_requests_are_answered_and_harm_nothing() {
         (&b"\x16\x03\x01garbage\xff\n"[..], "400"),
         (b"GET /nothing HTTP/1.1\r\n\r\n", "404"),
         (b"DELETE /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"GET /resize?vcpus=1 HTTP/1.1\r\n\r\n", "405"),
+        (b"POST /resize HTTP/1.1\r\n\r\n", "400"),
+        (b"POST /resize?vcpus=0 HTTP/1.1\r\n\r\n", "400"),
         (b"GET /metrics HTTP/3.0\r\n\r\n", "505"),
         (&[b'x'; 20_000], "431"),
     ] {

@@ -15,7 +15,7 @@ use crate::daemon::{
     shutdown, start_request, wait,
 };
 use crate::is_root;
-use crate::operator::told;
+use crate::operator::{ctvm, refused, run, told, value};
 
 /// A VM of 1 vCPU and 256 MiB that can have four times as much.
 const CONFIG: &str = "max_vcpus = 4\nmax_memory_mib = 1024";
@@ -292,6 +292,73 @@ async fn a_container_that_the_guest_has_no_room_for_is_not_made() {
     let journal = journal(&daemon, &task).await;
     assert_eq!(journal, ["resize 3 756", "resize 3 756", "create app"]);
     delete(&app, "app", "").await.unwrap();
+    end(&daemon, &task).await;
+}
+
+#[tokio::test]
+async fn cpus_that_a_container_may_use_stay() {
+    if !is_root() {
+        return;
+    }
+    let (daemon, task) = web("").await;
+    let mut wanted = limits(3.0, 192);
+    wanted["cpu"]["cpus"] = "1-2".into();
+    update(&task, "web", wanted).await.unwrap();
+    update(&task, "web", limits(1.0, 192)).await.unwrap();
+    assert_eq!(sizes(&daemon).await, "3/3 256/256");
+    let (status, text) = refused(&daemon, &["resize", "--cpus", "2", "web"]).await;
+    assert_eq!(status, 1);
+    assert!(
+        text.contains("container \"web\" may use CPU 2, so the VM keeps 3 vCPUs; asked for were 2"),
+        "{text}"
+    );
+    update(&task, "web", json!({"cpu": {"cpus": "0"}})).await.unwrap();
+    assert_eq!(sizes(&daemon).await, "1/1 256/256");
+    end(&daemon, &task).await;
+}
+
+#[tokio::test]
+async fn an_operator_has_the_vm_grow_and_shrink() {
+    if !is_root() {
+        return;
+    }
+    let (daemon, task) = web("cmdline = \"resize=partial\"").await;
+    let output = run(ctvm(&daemon, &["resize", "--cpus", "3", "--memory", "768M", "web"])).await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let rows = "        ASKED    REACHED\nvCPUs   3        2\nmemory  768 MiB  512 MiB\npartial after ";
+    assert!(text.starts_with(rows) && text.ends_with(" ms: partial\n"), "{text}");
+    let text = told(&daemon, &["resize", "--cpus", "3", "--memory", "768", "--timeout", "5", "we"]).await;
+    assert!(text.contains("memory  768 MiB  768 MiB\ndone after "), "{text}");
+    assert_eq!(sizes(&daemon).await, "3/3 768/768");
+    let metrics = told(&daemon, &["metrics"]).await;
+    for (name, labels, expected) in [
+        ("ctvm_vcpus", "", 3.0),
+        ("ctvm_vcpus_requested", "", 3.0),
+        ("ctvm_vcpus_max", "", 4.0),
+        ("ctvm_guest_memory_configured_bytes", "", 805_306_368.0),
+        ("ctvm_guest_memory_requested_bytes", "", 805_306_368.0),
+        ("ctvm_guest_memory_max_bytes", "", 1_073_741_824.0),
+        ("ctvm_upcall_up", "", 1.0),
+        ("ctvm_resize_requests_total", "by=\"operator\"", 2.0),
+        ("ctvm_resize_requests_total", "by=\"update\"", 0.0),
+        ("ctvm_resizes_total", "result=\"done\"", 1.0),
+        ("ctvm_resizes_total", "result=\"partial\"", 1.0),
+        ("ctvm_resizes_total", "result=\"timed_out\"", 0.0),
+        ("ctvm_resize_duration_seconds_bucket", "le=\"0.1\"", 2.0),
+        ("ctvm_resize_duration_seconds_sum", "", 0.1),
+        ("ctvm_resize_duration_seconds_count", "", 2.0),
+        ("ctvm_guest_memory_given_back_bytes_total", "", 0.0),
+    ] {
+        assert_eq!(value(&metrics, name, labels), Some(expected), "{name} {labels} in {metrics}");
+    }
+    let (status, text) = refused(&daemon, &["resize", "--cpus", "5", "web"]).await;
+    assert_eq!((status, text.contains("the VMM refused resize")), (1, true), "{text}");
+    let (status, _) = refused(&daemon, &["resize", "--cpus", "2", "other"]).await;
+    assert_eq!(status, 9);
+    // The pod's own next change counts.
+    update(&task, "web", limits(2.0, 192)).await.unwrap();
+    assert_eq!(sizes(&daemon).await, "2/2 256/256");
     end(&daemon, &task).await;
 }
 

@@ -1,4 +1,5 @@
-//! As much of HTTP/1.1 (RFC 9112) as a scraper needs: `GET` of a path, one answer, and the connection ends.
+//! As much of HTTP/1.1 (RFC 9112) as a scraper needs, and `ctvm`: `GET` or `POST` of a path, one answer, and the
+//! connection ends.
 //!
 //! A body and the header's fields are not looked at; the head is bounded and must come in time.
 
@@ -20,9 +21,20 @@ pub const TEXT_TYPE: &str = "text/plain; charset=utf-8";
 /// Anything for programs.
 pub const JSON_TYPE: &str = "application/json";
 
+/// What is to be done with a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Tell it.
+    Get,
+    /// Do it. What is to be done is in the query, as a body is not read.
+    Post,
+}
+
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
+    /// The method.
+    pub method: Method,
     /// The target's path.
     pub path: String,
     /// What follows a `?`, or "".
@@ -36,7 +48,7 @@ pub enum RequestError {
     #[error("not an HTTP/1 request")]
     Malformed,
     /// Another method.
-    #[error("the only method is GET")]
+    #[error("methods are GET and POST")]
     Method,
     /// Another version.
     #[error("versions are HTTP/1.0 and HTTP/1.1")]
@@ -117,16 +129,18 @@ pub fn parse(head: &[u8]) -> Result<Option<Request>, RequestError> {
         _ if version.starts_with("HTTP/") => return Err(RequestError::Version),
         _ => return Err(RequestError::Malformed),
     }
-    if method != "GET" {
-        return Err(RequestError::Method);
-    }
+    let method = match method {
+        "GET" => Method::Get,
+        "POST" => Method::Post,
+        _ => return Err(RequestError::Method),
+    };
     // What is wrong with the line is told before the rest has come.
     let ends = |end: &&[u8]| head.windows(end.len()).any(|w| w == *end);
     if ![&b"\r\n\r\n"[..], b"\n\n"].iter().any(ends) {
         return if head.len() < MAX_HEAD { Ok(None) } else { Err(RequestError::TooLong) };
     }
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    Ok(Some(Request { path: path.to_owned(), query: query.to_owned() }))
+    Ok(Some(Request { method, path: path.to_owned(), query: query.to_owned() }))
 }
 
 /// The head of an answer of `length` bytes; without a length it lasts until the connection ends.
@@ -140,13 +154,15 @@ mod tests {
     use super::*;
 
     fn get(path: &str, query: &str) -> Result<Option<Request>, RequestError> {
-        Ok(Some(Request { path: path.into(), query: query.into() }))
+        Ok(Some(Request { method: Method::Get, path: path.into(), query: query.into() }))
     }
 
     #[test]
     fn requests_of_scrapers_are_read() {
         assert_eq!(parse(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: */*\r\n\r\n"), get("/metrics", ""));
         assert_eq!(parse(b"GET /logs?follow=1 HTTP/1.0\n\n"), get("/logs", "follow=1"));
+        let post = parse(b"POST /resize?vcpus=2 HTTP/1.1\n\n").unwrap().unwrap();
+        assert_eq!((post.method, &*post.path, &*post.query), (Method::Post, "/resize", "vcpus=2"));
         for part in ["", "GE", "GET /metrics HTTP/1.1\r\n", "GET /metrics HTTP/1.1\r\nHost: x\r\n"] {
             assert_eq!(parse(part.as_bytes()), Ok(None), "{part:?}");
         }
@@ -163,7 +179,7 @@ mod tests {
             ("GET /métrics HTTP/1.1\n\n", RequestError::Malformed),
             ("GET /metrics SPDY/3\n\n", RequestError::Malformed),
             ("GET /metrics HTTP/2.0\n\n", RequestError::Version),
-            ("POST /metrics HTTP/1.1\n\n", RequestError::Method),
+            ("DELETE /metrics HTTP/1.1\n\n", RequestError::Method),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(error), "{text:?}");
         }

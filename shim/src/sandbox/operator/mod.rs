@@ -1,4 +1,5 @@
-//! What an operator asks a sandbox: HTTP on a Unix socket in its state directory, `GET` only, for root only.
+//! What an operator asks a sandbox: HTTP on a Unix socket in its state directory, for root only. All is asked for with
+//! `GET`, save the one thing that changes something.
 //!
 //! | path | answer |
 //! | --- | --- |
@@ -7,6 +8,7 @@
 //! | `/logs`, `/logs?follow=1` | the last 64 KiB of the log, and then what comes |
 //! | `/console` | the end of what the guest's console said |
 //! | `/timeline` | stages of the start, JSON as in the timeline file |
+//! | `POST /resize?…` | [`resize`]: JSON, when the VM has another size or has not got it |
 //!
 //! Whoever connects is trusted (the socket's mode is 0600) but not believed: heads, connections and the time they may
 //! take are bounded, and what the guest said is cleaned of control characters before it gets here.
@@ -33,6 +35,7 @@ pub mod counters;
 pub mod exposition;
 pub mod http;
 pub mod memory;
+pub mod resize;
 pub mod size;
 pub mod status;
 
@@ -122,6 +125,14 @@ async fn attend(sandbox: &Arc<Sandbox>, mut stream: UnixStream, followers: &Sema
             return answer(&mut stream, status, http::TEXT_TYPE, &format!("{e}\n")).await;
         }
     };
+    if (request.method, request.path.as_str()) == (http::Method::Post, "/resize") {
+        let (status, content_type, body) = resize::answer(sandbox, &request.query).await;
+        return answer(&mut stream, status, content_type, &body).await;
+    }
+    if request.method != http::Method::Get || request.path == "/resize" {
+        let text = "GET is for all but /resize, and POST for that\n";
+        return answer(&mut stream, "405 Method Not Allowed", http::TEXT_TYPE, text).await;
+    }
     let (content_type, body) = match (request.path.as_str(), request.query.as_str()) {
         ("/metrics", _) => (http::METRICS_TYPE, collect::metrics(sandbox).await),
         ("/status", _) => {
@@ -138,7 +149,8 @@ async fn attend(sandbox: &Arc<Sandbox>, mut stream: UnixStream, followers: &Sema
         ("/console", _) => (http::TEXT_TYPE, sandbox.console_text()),
         ("/timeline", _) => (http::JSON_TYPE, sandbox.timeline.to_json()),
         _ => {
-            let text = "there are /metrics, /status, /logs, /logs?follow=1, /console and /timeline\n";
+            let text =
+                "there are /metrics, /status, /logs, /logs?follow=1, /console, /timeline and POST /resize\n";
             return answer(&mut stream, "404 Not Found", http::TEXT_TYPE, text).await;
         }
     };
