@@ -455,7 +455,7 @@ mod tests {
         let resize = crate::config::Resize { boot_small: true };
         let config = Config { vcpus: 4, max_vcpus: 4, memory_mib: 512, resize, ..Config::default() };
         let plan = Plan { config, name: "n".into(), hostname: "h".into(), extras: Extras::default() };
-        let vm = vm_config(&plan, &Network::default());
+        let vm = vm_config(&plan, &Hardware::default());
         assert_eq!((vm.vcpus, vm.max_vcpus), (1, Some(4)));
         assert_eq!((vm.memory.size_mib, vm.memory.max_mib), (128, Some(512)));
     }

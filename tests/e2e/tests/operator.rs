@@ -39,12 +39,14 @@ impl Metrics {
                 let &[word @ ("HELP" | "TYPE"), name, rest] = words.as_slice() else {
                     anyhow::bail!("{line}");
                 };
-                ensure!(word == "HELP" || matches!(rest, "counter" | "gauge"), "{line}");
+                ensure!(word == "HELP" || matches!(rest, "counter" | "gauge" | "histogram"), "{line}");
                 ensure!(heads.insert((word, name), ()).is_none(), "a second time: {line}");
                 continue;
             }
             let (sample, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
             let name = sample.split('{').next().unwrap_or_default();
+            let histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            let name = histogram.filter(|name| heads.contains_key(&("TYPE", *name))).unwrap_or(name);
             ensure!(
                 ["HELP", "TYPE"].iter().all(|word| heads.contains_key(&(*word, name))),
                 "no head: {line}"

@@ -12,6 +12,7 @@ pub(super) const CASES: &[Case] = &[
     case("a container over its memory limit ends with 137 and OOMKilled", oom),
     case("a process that is killed for memory beside the first one leaves the container alive", oom_of_child),
     case("limits of a running container are changed", update),
+    case("a pod is resized in place, up and down, and has the CPUs behind its limits", resize),
     case("statistics of a container", stats),
     case("statistics of all containers of a pod", stats_of_pod),
     case("a pod's processes are in the control group asked for", cgroup_parent),
@@ -118,6 +119,32 @@ fn update(on: &Ground) -> Result<()> {
     ensure!(memory == (96 * MIB).to_string(), "memory limit {memory}");
     let cpu = group_file(on, &id, "cpu.max", "cpu/cpu.cfs_quota_us")?;
     ensure!(cpu.starts_with("70000"), "CPU quota {cpu}");
+    pod.end()
+}
+
+fn resize(on: &Ground) -> Result<()> {
+    let limits = |quota| LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: quota,
+        ..LinuxContainerResources::default()
+    };
+    let pod = Pod::run_with(&on.cri, &on.handler, |config| {
+        config.linux.get_or_insert_default().resources = Some(limits(100_000));
+    })?;
+    let mut config = pod.forever();
+    with(&mut config, limits(100_000));
+    let id = pod.start(&config)?;
+    // No more than the host has.
+    for quota in [200_000, 150_000, 50_000, 200_000] {
+        on.cri.update(&id, limits(quota))?;
+        let cpu = group_file(on, &id, "cpu.max", "cpu/cpu.cfs_quota_us")?;
+        ensure!(cpu.starts_with(&quota.to_string()), "CPU quota {cpu} instead of {quota}");
+        // A control group has a new CPU a moment after it is online.
+        wait_until("there are CPUs for the quota", || {
+            let cpus: i64 = on.cri.exec(&id, &["nproc"], 0)?.ok()?.parse()?;
+            Ok(cpus * 100_000 >= quota)
+        })?;
+    }
     pod.end()
 }
 
