@@ -6,6 +6,7 @@
 mod boot;
 mod containers;
 mod exits;
+mod resize;
 mod size;
 mod svg;
 
@@ -43,6 +44,8 @@ enum Group {
     Size,
     /// `ctr run` end to end.
     Run,
+    /// vCPUs and memory come and go.
+    Resize,
     /// Pods as Kubernetes makes them: by `ctvm-bench-pods`, beside this program.
     Pods,
 }
@@ -67,6 +70,9 @@ fn main() -> Result<()> {
     }
     if wanted(Group::Run) {
         rows.extend(containers::group(arguments.runs)?);
+    }
+    if wanted(Group::Resize) {
+        rows.extend(resize::group(arguments.runs)?);
     }
     if wanted(Group::Pods) {
         rows.extend(pods(arguments.runs)?);

@@ -23,6 +23,8 @@ const MAY: &[(&str, &[&str])] = &[
             "kvm-ioctls",
             "kvm-bindings",
             "vmm-sys-util",
+            // The upcall channel's structures, which the guest's kernel lays out.
+            "zerocopy",
             "vm-superio",
             "seccompiler",
             "rustix",

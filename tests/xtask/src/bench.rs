@@ -17,7 +17,7 @@ use crate::steps::step;
 /// Options of `xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only this group of figures: boot, memory, size, run, pods
+    /// Only this group of figures: boot, memory, size, run, resize, pods
     #[arg(long)]
     only: Option<String>,
     /// Counted runs of each figure
