@@ -89,8 +89,8 @@ fn the_operator_sees_two_containers_of_a_pod() -> Result<()> {
     let named = ["--annotation", "io.kubernetes.cri.container-name=app"];
     let first = [&pod[..], &["--runtime-config-path", &config]].concat();
     containerd.run(&first, "op-pod", &["sleep", "1000"])?.ok()?;
-    // It ends when it is told to.
-    let script = "while ! test -e /tmp/end; do sleep 0.2; done; exit 3";
+    // It ends when it is told to, a while after who tells it is gone.
+    let script = "while ! test -e /tmp/end; do sleep 0.2; done; sleep 1; exit 3";
     containerd.run(&[&pod[..], &named].concat(), "op-app", &["sh", "-c", script])?.ok()?;
     containerd.wait_for("op-app", "RUNNING")?;
 
