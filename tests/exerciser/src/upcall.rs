@@ -192,7 +192,10 @@ impl Channel {
 
     /// Hangs up and dials again.
     fn again(self) -> Result<Channel> {
-        let Channel { epoch, online, .. } = self;
+        let Channel { epoch, online, stream } = self;
+        drop(stream);
+        // As the protocol has it: whose connection ended waits before the next one.
+        sleep(Duration::from_millis(50));
         let mut channel = Channel { stream: dial(901)?, epoch, online };
         channel.greet()?;
         println!("upcall open again");

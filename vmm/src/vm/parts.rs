@@ -63,6 +63,8 @@ impl Vm {
 
     /// The guest dialled the upcall port.
     pub fn accept_upcall(&mut self, socket: std::os::fd::OwnedFd, guest_port: u32, events: &EventLoop) {
+        // One that dials anew has hung up before, which may not have been looked at.
+        self.on_upcall();
         let Some(fd) = self.channel.accept(socket, guest_port, Instant::now()) else { return };
         if let Err(error) = events.add(&fd, Token::Upcall) {
             log::error!("wait for the upcall channel: {error}");
