@@ -37,4 +37,13 @@ static inline struct file *upcall_open_in(struct vfsmount *mnt, const char *name
 #define UPCALL_HAS_VMFORK 1
 #endif
 
+/* Exported to modules, and declared in a header of RCU's own. */
+#ifdef CONFIG_TINY_RCU
+static inline void rcu_expedite_gp(void) { }
+static inline void rcu_unexpedite_gp(void) { }
+#else
+void rcu_expedite_gp(void);
+void rcu_unexpedite_gp(void);
+#endif
+
 #endif

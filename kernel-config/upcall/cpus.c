@@ -5,6 +5,7 @@
 #include <linux/errno.h>
 #include <linux/smp.h>
 
+#include "compat.h"
 #include "upcall.h"
 
 static bool has(const __le64 *set, u32 apic_id)
@@ -86,6 +87,8 @@ int upcall_set_cpus(struct upcall_request *request)
 
 	BUILD_BUG_ON(sizeof(*done) + CTVM_UPCALL_CPUS * sizeof(struct ctvm_upcall_cpu_result) > CTVM_UPCALL_MAX_LEN);
 
+	/* A change waits for several grace periods of RCU, each of some ticks unless somebody is in a hurry. */
+	rcu_expedite_gp();
 	for (id = 0; id < CTVM_UPCALL_CPUS; id++) {
 		cpu = find_cpu(id);
 		if (!has(wanted->online, id) || (cpu >= 0 && cpu_online(cpu)))
@@ -100,6 +103,7 @@ int upcall_set_cpus(struct upcall_request *request)
 		err = note(done, id, change(request, cpu, false));
 		first = first ?: err;
 	}
+	rcu_unexpedite_gp();
 	upcall_fill_cpus(NULL, done->online);
 	request->reply_len = sizeof(*done) + le32_to_cpu(done->count) * sizeof(struct ctvm_upcall_cpu_result);
 	return first;
