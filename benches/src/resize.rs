@@ -58,11 +58,8 @@ fn vcpus(runs: usize) -> Result<Vec<Row>> {
         for run in 0..=runs {
             let add = resize(&mut guest, Some(1 + more), None)?;
             // The first time a vCPU has to be made, and the guest's kernel makes its threads for it.
-            if run == 0 {
-                first.push(add)
-            } else {
-                added.push(add)
-            }
+            let times = if run == 0 { &mut first } else { &mut added };
+            times.push(add);
             let remove = resize(&mut guest, Some(1), None)?;
             if run > 0 {
                 removed.push(remove);
