@@ -2,6 +2,8 @@
 //! what the operator is told. The guest's kernel has the upcall driver.
 #![cfg(feature = "lab")]
 
+mod task;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,12 +11,8 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use agent_api::protobuf::well_known_types::any::Any;
-use agent_api::task::{TaskClient, UpdateTaskRequest};
-use agent_api::ttrpc::r#async::Client;
-use agent_api::ttrpc::context::with_duration;
 use anyhow::{Context, Result, ensure};
-use e2e::command::{self, wait_until};
+use e2e::command::wait_until;
 use e2e::{BIN, Containerd, Finished, run};
 use serde_json::{Value, json};
 
@@ -53,21 +51,8 @@ fn with_container(id: &str, tables: &str, test: impl FnOnce() -> Result<()>) -> 
     outcome
 }
 
-/// Changes a container's limits, as containerd has it done.
 fn update(id: &str, resources: &Value) -> Result<()> {
-    let address = fs::read_to_string(CONTAINERD.bundle(id).join("address"))?;
-    let resources = Any {
-        type_url: agent_api::RESOURCES_TYPE_URL.to_owned(),
-        value: resources.to_string().into_bytes(),
-        ..Any::default()
-    };
-    let request =
-        UpdateTaskRequest { id: id.to_owned(), resources: Some(resources).into(), ..Default::default() };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let task = TaskClient::new(Client::connect(&address).await?);
-        task.update(with_duration(command::LIMIT), &request).await?;
-        Ok(())
-    })
+    task::update(&CONTAINERD, id, resources)
 }
 
 fn limits(quota: u32, mib: u64) -> Value {

@@ -2,17 +2,15 @@
 //! the news of a process that was killed for want of memory.
 #![cfg(feature = "lab")]
 
+mod task;
+
 use std::fs;
 use std::process::{Child, Stdio};
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use agent_api::protobuf::well_known_types::any::Any;
-use agent_api::task::{TaskClient, UpdateTaskRequest};
-use agent_api::ttrpc::r#async::Client;
-use agent_api::ttrpc::context::with_duration;
 use anyhow::{Context, Result, ensure};
-use e2e::command::{self, wait_until};
+use e2e::command::wait_until;
 use e2e::{Containerd, IMAGE, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -163,21 +161,8 @@ fn counters_are_plausible_and_follow_what_the_container_does() -> Result<()> {
     })
 }
 
-/// `Task.Update` of a container's shim, for which `ctr` has no command.
 fn update(id: &str, resources: &Value) -> Result<()> {
-    let address = fs::read_to_string(CONTAINERD.bundle(id).join("address"))?;
-    let resources = Any {
-        type_url: agent_api::RESOURCES_TYPE_URL.to_owned(),
-        value: resources.to_string().into_bytes(),
-        ..Any::default()
-    };
-    let request =
-        UpdateTaskRequest { id: id.to_owned(), resources: Some(resources).into(), ..Default::default() };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let task = TaskClient::new(Client::connect(&address).await?);
-        task.update(with_duration(command::LIMIT), &request).await?;
-        Ok(())
-    })
+    task::update(&CONTAINERD, id, resources)
 }
 
 #[test]

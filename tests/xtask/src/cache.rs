@@ -18,6 +18,9 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+/// Programs of a recipe's folder that look at what is made of it, and are not what it is made of.
+const LOOK_ON: [&str; 2] = ["check", "effects"];
+
 const MANIFEST: &str = ".manifest.json";
 
 /// The cache folder.
@@ -124,12 +127,14 @@ impl Key {
         Ok(self)
     }
 
-    /// Adds names, permissions and contents of all files below a folder, pages of documentation apart.
+    /// Adds names, permissions and contents of all files below a folder, apart from those that are about it: pages of
+    /// documentation, and programs that [`LOOK_ON`].
     pub fn folder(mut self, path: &Path) -> Result<Self> {
         let mut found = walk(path)?;
         found.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, path, metadata) in found {
-            if name.ends_with(".md") || name.contains("__pycache__/") {
+            let program = name.rsplit('/').next().unwrap_or(&name);
+            if name.ends_with(".md") || name.contains("__pycache__/") || LOOK_ON.contains(&program) {
                 continue;
             }
             put(&mut self.hash, name.as_bytes());
@@ -337,8 +342,11 @@ mod tests {
         let name = || Key::new("test", 1).folder(folder.path()).unwrap().name();
         fs::write(folder.path().join("a"), "1").unwrap();
         let first = name();
-        fs::write(folder.path().join("README.md"), "text").unwrap();
-        assert_eq!(first, name());
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        for about in ["README.md", "check", "sub/check", "effects"] {
+            fs::write(folder.path().join(about), "text").unwrap();
+            assert_eq!(first, name(), "{about}");
+        }
         fs::write(folder.path().join("a"), "2").unwrap();
         let second = name();
         assert_ne!(first, second);
