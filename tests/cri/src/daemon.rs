@@ -94,8 +94,11 @@ fn configuration(folder: &Path) -> Result<String> {
     let impatient = "[timeouts]\nagent_ms = 20000\n";
     fs::write(folder.join("ctvm-lenient.toml"), format!("{more}{config}{impatient}"))?;
     write_logged(folder, &config)?;
+    // containerd 2.1 ends when it cannot bind NRI's socket, and two that start at once would race for the one in /run.
     Ok(format!(
         r#"
+[plugins."io.containerd.nri.v1.nri"]
+  socket_path = "{}/nri.sock"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "ctvm.local/pause:latest"
   disable_apparmor = true
@@ -122,6 +125,7 @@ fn configuration(folder: &Path) -> Result<String> {
 {}{}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
 "#,
+        folder.display(),
         cni.display(),
         variant("lenient", folder),
         variant("logged", folder),

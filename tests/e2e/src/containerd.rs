@@ -58,7 +58,7 @@ impl Setup {
         );
         fs::write(folder.path().join("config.toml"), config)?;
         let daemon = self.spawn(folder.path())?;
-        let containerd = Containerd { folder, setup: self, daemon };
+        let mut containerd = Containerd { folder, setup: self, daemon };
         containerd.wait_until_ready()?;
         let image = Path::new(SHARE).join("image.tar");
         run(containerd.ctr().args(["images", "import"]).arg(image))?.ok().context("importing the images")?;
@@ -110,8 +110,16 @@ impl Containerd {
         Setup { parent: parent.to_owned(), ..Setup::default() }.start()
     }
 
-    fn wait_until_ready(&self) -> Result<()> {
-        wait_until("containerd answers", || Ok(run(self.ctr().arg("version"))?.code == 0))
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let mut version = self.ctr();
+        version.arg("version");
+        let daemon = &mut self.daemon;
+        let ready = wait_until("containerd answers", || {
+            let ended = daemon.try_wait()?;
+            ensure!(ended.is_none(), "containerd has ended as it started: {ended:?}");
+            Ok(run(&mut version)?.code == 0)
+        });
+        ready.inspect_err(|_| self.show_log())
     }
 
     /// Process number of the daemon.
