@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub const MAX_PACKET: usize = 64 * 1024;
 
 /// Most file descriptors in one packet.
-pub const MAX_FDS: usize = 48;
+pub const MAX_FDS: usize = 160;
 
 /// Position of a file descriptor in the packet that names it, 0 to [`MAX_FDS`] - 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -23,6 +23,7 @@ pub mod error;
 pub mod event;
 pub mod exit;
 pub mod frame;
+pub mod image;
 pub mod op;
 pub mod resize;
 pub mod stats;
