@@ -28,3 +28,11 @@ pub fn kvm() -> Kvm {
     let opens = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     if virtualises && opens { Kvm::Hardware } else { Kvm::Absent }
 }
+
+/// Memory that programs may still take without swapping, in MiB (proc(5), `MemAvailable`); 0 where that is unknown.
+pub fn available_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}

@@ -1,28 +1,19 @@
-//! `cargo xtask test`: every test there is. Unit tests on this machine, end-to-end tests in one lab machine, fuzz
-//! targets for a while each. All run even when some fail; the last line says how many did.
+//! `cargo xtask test`: every test there is. Unit tests on this machine, end-to-end tests in lab machines, fuzz targets
+//! for a while each. All run even when some fail; the last line says how many did.
+
+mod labs;
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::Stdio;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use lab_protocol::Command;
 
 use crate::cache::Cache;
-use crate::lab::client::{Client, Streams};
-use crate::lab::machine::{Machine, Shape};
 use crate::product::Product;
 use crate::steps::step;
 use crate::{build, fuzz, packages};
-
-/// One end-to-end test program may take this long; with `--long`, the second.
-const LIMITS: [Duration; 2] = [Duration::from_secs(20 * 60), Duration::from_secs(60 * 60)];
-
-/// Tests that count what is left on the machine, one at a time.
-const ALONE: [&str; 8] =
-    ["crowd", "exercise", "exhausted", "hostile", "nothing_left", "releases", "rounds", "stress"];
 
 /// Options of `xtask test`.
 #[derive(Debug, Args)]
@@ -36,7 +27,7 @@ pub struct Options {
     #[arg(long)]
     long: bool,
     /// Fuzz each target for this many seconds
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     fuzz_seconds: u32,
 }
 
@@ -141,38 +132,8 @@ fn in_lab(cache: &Cache, options: &Options) -> Result<Count> {
     }
     let exerciser = step("build the exerciser", build::exerciser)?;
     product.add_stripped("tests", &exerciser, "exerciser")?;
-    let shape = Shape { product: Some(product), ..Shape::default() };
-    let machine = step("start the lab", || Machine::start(cache, &shape))?;
-    let mut count = Count::default();
-    for (name, _) in &tests {
-        let one = step(&format!("end-to-end tests: {name}"), || run_one(machine.client(), name, options));
-        // Not a test, the lab itself failed: what it still said is all there is.
-        count.add(one.inspect_err(|_| machine.show_console())?);
-    }
-    if count.failed > 0 {
-        machine.show_console();
-    }
-    Ok(count)
-}
-
-fn run_one(client: Client, name: &str, options: &Options) -> Result<Count> {
-    let threads = if ALONE.contains(&name) { 1 } else { 2 };
-    let mut argv =
-        vec![format!("{}/tests/{name}", crate::product::IN_LAB), format!("--test-threads={threads}")];
-    argv.extend(options.filter.clone());
-    let mut env = vec!["RUST_BACKTRACE=1".to_owned()];
-    env.extend(options.long.then(|| "CTVM_LONG=1".to_owned()));
-    let command = Command { argv, env, ..Command::default() };
-    let mut lines = Lines::to(io::stdout());
-    let mut stderr = io::stderr();
-    let streams = Streams { stdin: Box::new(io::empty()), stdout: &mut lines, stderr: &mut stderr };
-    let code = client.run(&command, streams, Some(LIMITS[usize::from(options.long)]))?.shell_code();
-    let mut count = lines.count;
-    for failure in &mut count.failures {
-        failure.insert_str(0, &format!("{name}::"));
-    }
-    count.settle(name, code == 0, &format!("exit code {code}"));
-    Ok(count)
+    let names: Vec<&str> = tests.iter().map(|(name, _)| name.as_str()).collect();
+    labs::run(cache, product, &names, options)
 }
 
 /// Passes output on and counts as it goes by.

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -32,6 +33,12 @@ const READY_WITHIN: Duration = Duration::from_secs(240);
 
 /// How long a machine may take to power off before it is killed.
 const GONE_WITHIN: Duration = Duration::from_secs(20);
+
+/// Numbers the machines of this run.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// How the folder of a machine begins that ends with its run; the run's process number and the machine's own follow.
+const ONCE: &str = ".once-";
 
 const CONSOLE: &str = "console.log";
 const STATE: &str = "lab.json";
@@ -81,7 +88,8 @@ impl Machine {
     pub fn start(cache: &Cache, shape: &Shape) -> Result<Self> {
         let folder = cache.folder("run")?;
         clear_leftovers(&folder);
-        let folder = folder.join(format!(".once-{}", std::process::id()));
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = folder.join(format!("{ONCE}{}-{number}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
         Self::launch(cache, shape, &folder, false)
     }
@@ -138,7 +146,8 @@ impl Machine {
         if self.keep_folder {
             return show_tail(&path);
         }
-        let kept = self.logs.join(format!("console-{}.log", std::process::id()));
+        let name = self.folder.file_name().unwrap_or_default().to_string_lossy();
+        let kept = self.logs.join(format!("console-{}.log", name.trim_start_matches(ONCE)));
         let _ = fs::copy(path, &kept); // shown all the same, then, as an empty file
         show_tail(&kept);
     }
@@ -311,7 +320,7 @@ fn named_folder(cache: &Cache, name: &str) -> Result<PathBuf> {
 fn clear_leftovers(folder: &Path) {
     for item in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = item.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix(".once-").and_then(|pid| pid.parse().ok());
+        let owner = name.strip_prefix(ONCE).and_then(|rest| rest.split('-').next()?.parse().ok());
         if owner.is_some_and(|pid| start_time(pid).is_none()) {
             let _ = fs::remove_dir_all(item.path()); // another run may be removing it too
         }
