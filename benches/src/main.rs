@@ -6,6 +6,7 @@
 mod boot;
 mod containers;
 mod exits;
+mod q35;
 mod resize;
 mod size;
 mod svg;

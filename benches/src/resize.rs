@@ -7,12 +7,15 @@ use benches::rows::Row;
 use e2e::vm::{Guest, GuestSpec, SHELL};
 use vmm_api::{Ending, MemoryConfig, Op, Reply, Resized, Vcpus};
 
+use crate::q35::Q35;
+
 const GROUP: &str = "resize";
 const BOOT_MIB: u32 = 256;
 const MOST_MIB: u32 = BOOT_MIB + 4096;
 const VCPUS: u8 = 8;
 /// A vCPU: DESIGN's budget.
 const BUDGET_MS: f64 = 5.0;
+const SIZES: [(u32, &str); 3] = [(128, "128 MiB"), (1024, "1 GiB"), (4096, "4 GiB")];
 const SYSFS: &str = "/sys/devices/system/cpu";
 
 /// All rows.
@@ -20,6 +23,7 @@ pub fn group(runs: usize) -> Result<Vec<Row>> {
     let mut rows = vcpus(runs)?;
     rows.extend(by_sysfs(runs)?);
     rows.extend(memory(runs)?);
+    rows.extend(by_acpi(runs)?);
     rows.extend(maximum()?);
     Ok(rows)
 }
@@ -108,7 +112,7 @@ fn memory(runs: usize) -> Result<Vec<Row>> {
     let mut guest = GuestSpec { memory, ..spec() }.boot()?;
     guest.ask(":")?;
     let mut rows = vec![];
-    for (mib, what) in [(128, "128 MiB"), (1024, "1 GiB"), (4096, "4 GiB")] {
+    for (mib, what) in SIZES {
         let (mut added, mut removed, mut left) = (vec![], vec![], vec![]);
         for run in 0..=runs {
             let add = resize(&mut guest, None, Some(BOOT_MIB + mib))?;
@@ -124,6 +128,38 @@ fn memory(runs: usize) -> Result<Vec<Row>> {
         rows.push(row(format!("{what} come"), "ctvm", "ms", added)?);
         rows.push(row(format!("{what} go"), "ctvm", "ms", removed)?);
         rows.push(row(format!("{what} go: still there"), "ctvm", "MiB", left)?);
+    }
+    Ok(rows)
+}
+
+/// The same by QEMU's own hotplug.
+fn by_acpi(runs: usize) -> Result<Vec<Row>> {
+    let subject = crate::q35::name()?;
+    let mut rows = vec![];
+    let mut guest = Q35::boot(VCPUS)?;
+    for more in [1, VCPUS - 1] {
+        let (mut added, mut removed) = (vec![], vec![]);
+        for run in 0..=runs {
+            let (add, remove) = (guest.set_cpus(1 + u32::from(more))?, guest.set_cpus(1)?);
+            if run > 0 {
+                added.push(add);
+                removed.push(remove);
+            }
+        }
+        rows.push(row(format!("{more} vCPUs come"), &subject, "ms", added)?);
+        rows.push(row(format!("{more} vCPUs go"), &subject, "ms", removed)?);
+    }
+    for (mib, what) in SIZES {
+        let (mut added, mut removed) = (vec![], vec![]);
+        for run in 0..=runs {
+            let (add, remove) = (guest.add_memory(mib)?, guest.remove_memory(mib)?);
+            if run > 0 {
+                added.push(add);
+                removed.push(remove);
+            }
+        }
+        rows.push(row(format!("{what} come"), &subject, "ms", added)?);
+        rows.push(row(format!("{what} go"), &subject, "ms", removed)?);
     }
     Ok(rows)
 }

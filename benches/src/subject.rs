@@ -83,10 +83,8 @@ impl Subject {
             Subject::Ctvm => Ok("ctvm"),
             Subject::Qemu => {
                 if QEMU.get().is_none() {
-                    let text = e2e::run(Command::new("qemu-system-x86_64").arg("--version"))?.ok()?;
-                    let version = text.split_whitespace().nth(3).context("qemu's version")?.to_owned();
                     // Another thread would have found the same.
-                    let _ = QEMU.set(format!("QEMU microvm {version}"));
+                    let _ = QEMU.set(format!("QEMU microvm {}", qemu_version()?));
                 }
                 Ok(QEMU.get().expect("set above"))
             }
@@ -125,6 +123,12 @@ impl Drop for Started {
         let _ = self.vmm.kill();
         let _ = self.vmm.wait();
     }
+}
+
+/// Version of the QEMU that Debian ships.
+pub fn qemu_version() -> Result<String> {
+    let text = e2e::run(Command::new("qemu-system-x86_64").arg("--version"))?.ok()?;
+    Ok(text.split_whitespace().nth(3).context("qemu's version")?.to_owned())
 }
 
 /// CLOCK_MONOTONIC in µs.

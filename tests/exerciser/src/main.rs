@@ -4,10 +4,12 @@
 //! It has no expectations. The test that runs it (`tests/cri/tests/exercise.rs`) has a table of them.
 //!
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
-//! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`.
+//! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
+//! is PID 1 of the peer's guest in `benches/src/q35.rs`.
 
 mod content;
 mod hostile;
+mod hotplug;
 mod map;
 mod names;
 mod upcall;
@@ -32,6 +34,7 @@ fn main() -> Result<()> {
         ["vsock", count] => hostile::vsock(count.parse()?),
         ["tcp", count] => hostile::tcp(count.parse()?),
         ["upcall", fault] => upcall::run(fault),
+        ["hotplug"] => hotplug::witness(),
         ["network", tcp, udp] => network(tcp, udp),
         _ => exercise(),
     }

@@ -7,9 +7,11 @@ use anyhow::Result;
 use clap::Args;
 use lab_protocol::Command;
 
+use crate::apt::Apt;
 use crate::build;
 use crate::cache::Cache;
 use crate::lab::client::Streams;
+use crate::lab::image::Image;
 use crate::lab::machine::{Machine, Shape};
 use crate::product::{IN_LAB, Product};
 use crate::steps::step;
@@ -42,6 +44,11 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     if wanted("pods") {
         let program = step("build the harness of group pods", build::bench_pods)?;
         product.add_stripped("bin", &program, "ctvm-bench-pods")?;
+    }
+    if wanted("resize") {
+        product.add_stripped("share", &step("build the exerciser", build::exerciser)?, "exerciser")?;
+        // Of the lab itself, for a peer that needs ACPI.
+        product.add("share", &Image::get(cache, &Apt::open(cache)?)?.kernel())?;
     }
     let shape = Shape { exact: !options.inexact, product: Some(product), ..Shape::default() };
     let machine = step("start the lab", || Machine::start(cache, &shape))?;
