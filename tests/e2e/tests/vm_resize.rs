@@ -163,10 +163,13 @@ fn a_pause_in_the_middle_delays_and_no_more() -> Result<()> {
     is_online(&mut guest, "0")
 }
 
+/// Both kinds at random, each followed by a look at what the guest has.
 #[test]
 fn random_resizes_leave_both_sides_of_one_mind() -> Result<()> {
     let rounds = if e2e::long() { 1000 } else { 40 };
-    let mut guest = GuestSpec { memory: MemoryConfig::new(256), ..spec(8) }.boot()?;
+    let memory = MemoryConfig { max_mib: Some(1024), ..MemoryConfig::new(256) };
+    let mut guest = GuestSpec { memory, ..spec(8) }.boot()?;
+    let at_boot = total_kib(&mut guest)?;
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut random = move || {
         state ^= state << 13;
@@ -176,13 +179,65 @@ fn random_resizes_leave_both_sides_of_one_mind() -> Result<()> {
     };
     for round in 0..rounds {
         let set: Vec<u8> = (0..8).filter(|cpu| *cpu == 0 || random() & 1 == 1).collect();
-        let resized = resize(&mut guest, vcpus(Vcpus::These(set.clone())))?;
-        ensure!(resized.ending == Ending::Done, "round {round}, {set:?}: {resized}");
-        let online = guest.ask("for c in /sys/devices/system/cpu/cpu[0-9]*; do [ -e $c/online ] && [ $(cat $c/online) = 0 ] || echo ${c##*cpu}; done")?;
-        let online: Vec<u8> = online.lines().map(str::parse).collect::<Result<_, _>>()?;
-        ensure!(online == set, "round {round}: {online:?} in place of {set:?}");
+        let mib = 256 + 4 * u32::try_from(random() % 193)?;
+        let vcpus = (round % 3 != 1).then(|| Vcpus::These(set.clone()));
+        let memory_mib = (round % 3 != 0).then_some(mib);
+        let resized =
+            resize(&mut guest, Op::Resize { vcpus: vcpus.clone(), memory_mib, timeout_ms: 60_000 })?;
+        // A page that cannot be moved may keep a block, and then the answer says how many.
+        let partly = memory_mib.is_some() && resized.ending == Ending::Partial;
+        ensure!(resized.ending == Ending::Done || partly, "round {round}, {set:?}, {mib} MiB: {resized}");
+        let size = guest.stats()?.size.context("no size")?;
+        let total = total_kib(&mut guest)?;
+        let came = u64::from(size.memory_mib - 256) * 1024;
+        ensure!(total == at_boot + came, "round {round}: {total} KiB, {at_boot} at boot, {came} came");
+        if vcpus.is_some() {
+            let online = guest.ask("for c in /sys/devices/system/cpu/cpu[0-9]*; do [ -e $c/online ] && [ $(cat $c/online) = 0 ] || echo ${c##*cpu}; done")?;
+            let online: Vec<u8> = online.lines().map(str::parse).collect::<Result<_, _>>()?;
+            ensure!(online == set, "round {round}: {online:?} in place of {set:?}");
+        }
     }
     let stats = guest.stats()?;
-    ensure!(stats.resizes["done"] == rounds, "{:?}", stats.resizes);
+    let ended: u64 = ["done", "partial"].iter().filter_map(|ending| stats.resizes.get(*ending)).sum();
+    ensure!(ended == rounds, "{:?}", stats.resizes);
+    Ok(())
+}
+
+fn total_kib(guest: &mut Guest) -> Result<u64> {
+    Ok(guest.ask("awk '/^MemTotal/ {print $2}' /proc/meminfo")?.parse()?)
+}
+
+/// The driver needs nothing of user space, and of memory only what the guest's kernel keeps for itself.
+#[test]
+fn a_guest_whose_processes_are_killed_for_want_of_memory_is_resized() -> Result<()> {
+    let memory = MemoryConfig { max_mib: Some(512), ..MemoryConfig::new(128) };
+    let mut guest = GuestSpec { memory, ..spec(4) }.boot()?;
+    // The shell itself is spared; its children are not.
+    guest.ask("echo -1000 > /proc/self/oom_score_adj")?;
+    guest.ask("eat() { while [ ! -e /tmp/stop ]; do sh -c 'echo 1000 > /proc/self/oom_score_adj; head -c 90000000 /dev/zero | tail -c 90000000 > /dev/null' 2> /dev/null; done; }")?;
+    guest.ask("for n in 1 2 3; do eat & done; sleep 1")?;
+    for (cpus, mib) in [(4u8, 128), (2, 160), (1, 128), (3, 192)] {
+        let vcpus = Some(Vcpus::Count(cpus));
+        let resized = resize(&mut guest, Op::Resize { vcpus, memory_mib: Some(mib), timeout_ms: 60_000 })?;
+        // What is in use cannot go, and that is an answer too.
+        let fits = matches!(resized.ending, Ending::Done | Ending::Partial);
+        let reached = resized.vcpus.as_ref().and_then(|vcpus| vcpus.reached);
+        ensure!(fits && reached == Some(cpus.into()), "{cpus} vCPUs, {mib} MiB: {resized}");
+    }
+    guest.ask("touch /tmp/stop; wait")?;
+    let killed = guest.ask("dmesg | grep 'Killed process' | wc -l")?.parse::<u32>()?;
+    ensure!(killed > 0, "nothing was killed");
+    is_online(&mut guest, "0-2")
+}
+
+/// Processes of real-time priority that never sleep, one more than there are vCPUs: nobody else of user space runs.
+#[test]
+fn a_guest_whose_user_space_hangs_is_resized() -> Result<()> {
+    let mut guest = spec(4).boot()?;
+    guest.ask("echo 'chrt -f 98 sh -c \"while :; do :; done\" &' > /tmp/hang; for n in 1 2 3 4 5; do . /tmp/hang; done")?;
+    for cpus in [2, 4, 1, 3] {
+        let resized = resize(&mut guest, count(cpus))?;
+        ensure!(resized.ending == Ending::Done, "{cpus} vCPUs: {resized}");
+    }
     Ok(())
 }
