@@ -1,13 +1,18 @@
 //! What is left after a sandbox ended, well or badly: nothing.
 #![cfg(feature = "lab")]
 
+mod task;
+
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
+use std::time::Duration;
+use std::{fs, thread};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use e2e::command::{LIMIT, wait_until};
 use e2e::containerd::{kill_9, pids_of};
 use e2e::{Census, Containerd, Netns, SmallFs, run};
+use serde_json::json;
 
 const SHIM: &str = "containerd-shim-ctvm-v2";
 const VMM: &str = "ctvm-vmm";
@@ -125,6 +130,53 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
         // Nobody steers any more: the kernel itself says that nobody listens.
         let refused = namespace.within(|| Ok(TcpStream::connect("127.0.0.1:7")))?;
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
+    Ok(())
+}
+
+/// Whoever is killed while vCPUs come: the caller is told, nothing is left, and the next one is resized.
+#[test]
+fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
+    const MOST: u8 = 8;
+    let containerd = Containerd::start()?;
+    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let config = containerd.folder().join("resize.toml");
+    fs::write(&config, format!("max_vcpus = {MOST}\n{}", fs::read_to_string("/etc/ctvm/config.toml")?))?;
+    let config = config.display().to_string();
+    let options = ["-d", "--runtime-config-path", &config, "--cpu-quota", "100000", "--cpu-period", "100000"];
+    let all = json!({"cpu": {"quota": u32::from(MOST) * 100_000, "period": 100_000}});
+    for (id, victim) in [("resize-vmm", Some(VMM)), ("resize-shim", Some(SHIM)), ("resize-next", None)] {
+        let before = Census::take()?;
+        containerd.run(&options, id, &["sleep", "1000"])?.ok()?;
+        containerd.wait_for(id, "RUNNING")?;
+        let vmm = pids_of(VMM)?[0];
+        let vcpus = || -> Result<usize> {
+            let links =
+                fs::read_dir(format!("/proc/{vmm}/fd"))?.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+            Ok(links.filter(|link| link.to_string_lossy().contains("kvm-vcpu")).count())
+        };
+        assert_eq!(vcpus()?, 1, "made when the guest is to have them");
+        let updated = thread::scope(|scope| -> Result<Result<()>> {
+            let update = scope.spawn(|| task::update(&containerd, id, &all));
+            if let Some(victim) = victim {
+                while vcpus()? < 3 {
+                    ensure!(!update.is_finished(), "no vCPU came");
+                    thread::sleep(Duration::from_millis(1));
+                }
+                pids_of(victim)?.into_iter().try_for_each(kill_9)?;
+            }
+            Ok(update.join().expect("no panic"))
+        })?;
+        assert_eq!(updated.is_ok(), victim.is_none(), "{id}: {updated:?}");
+        if victim.is_none() {
+            assert_eq!(vcpus()?, usize::from(MOST));
+            containerd.task(&["kill", "--signal", "KILL", id])?.ok()?;
+        }
+        wait_until("the task is no longer running", || {
+            Ok(containerd.status(id)?.as_deref() != Some("RUNNING"))
+        })?;
+        containerd.remove(id)?;
+        before.settle()?;
     }
     Ok(())
 }
