@@ -29,6 +29,12 @@ pub const SHARE: &str = "/opt/ctvm/share";
 /// Name of the container image in `SHARE/image.tar`.
 pub const IMAGE: &str = "ctvm.local/demo:latest";
 
+/// Whether guests have a kernel that looks for its own mistakes: `cargo xtask test --debug-kernel`. Then what it finds fails
+/// the test.
+pub fn debug_kernel() -> bool {
+    std::env::var_os("CTVM_DEBUG_KERNEL").is_some()
+}
+
 /// Whether there is time for as much as the lab can hold: `cargo xtask test --long`.
 pub fn long() -> bool {
     std::env::var_os("CTVM_LONG").is_some()

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use tempfile::TempDir;
 use vmm_api::{
@@ -18,7 +18,7 @@ use vmm_api::{
 };
 
 use crate::command::{LIMIT, run};
-use crate::{BIN, SHARE};
+use crate::{BIN, SHARE, debug_kernel};
 
 /// A line the guest's script prints when it is done.
 const DONE: &str = "script-done status=";
@@ -139,6 +139,10 @@ impl GuestSpec {
             cmdline += " ";
             cmdline += ROOT_CMDLINE;
         }
+        if debug_kernel() {
+            // Warnings too are shown.
+            cmdline += " loglevel=5";
+        }
         if !self.cmdline.is_empty() {
             cmdline = format!("{cmdline} {}", self.cmdline);
         }
@@ -153,7 +157,8 @@ impl GuestSpec {
         let output = Some(give(writer.into()));
         let (typed, input) = std::io::pipe()?;
         let typed = Some(give(typed.into()));
-        let kernel = KernelConfig { image, initrd, cmdline, pvh: self.pvh };
+        // At the PVH note, a kernel with KASAN faults before its first line.
+        let kernel = KernelConfig { image, initrd, cmdline, pvh: self.pvh && !debug_kernel() };
         let config = VmConfig {
             name: "e2e".into(),
             vcpus: self.vcpus,
@@ -208,6 +213,7 @@ impl Guest {
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
+                    ensure!(!is_complaint(&line), "the guest's kernel: {line}, after {:#?}", self.seen);
                     self.seen.push(line.clone());
                     if want(&line) {
                         return Ok(line);
@@ -295,7 +301,18 @@ impl Drop for Guest {
         // Both fail only when it has ended already.
         let _ = self.vmm.kill();
         let _ = self.vmm.wait();
+        let late: Vec<_> = self.lines.try_iter().collect();
+        let at = late.iter().position(|line| is_complaint(line));
+        if let Some(at) = at.filter(|_| !std::thread::panicking()) {
+            panic!("the guest's kernel: {:#?}", &late[at..]);
+        }
     }
+}
+
+/// What a kernel that looks for its own mistakes says when it finds one.
+fn is_complaint(line: &str) -> bool {
+    const WORDS: [&str; 5] = ["WARNING: ", "BUG: ", "INFO: task ", "KASAN: ", "Kernel panic"];
+    debug_kernel() && WORDS.iter().any(|word| line.contains(word))
 }
 
 /// Starts a VMM and gives the owner's end of its control socket.

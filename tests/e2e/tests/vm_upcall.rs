@@ -29,9 +29,6 @@ const RESEED: u16 = 22;
 const FREEZE: u16 = 23;
 const THAW: u16 = 24;
 
-/// Set for a kernel that cannot be entered at its PVH note, as one with KASAN.
-const NO_PVH: &str = "CTVM_NO_PVH";
-
 /// What stays silent for this long has gone wrong: seconds in a guest of a guest whose CPUs all spin.
 const LIMIT: Duration = Duration::from_secs(120);
 const EPOCH: u64 = 0x0123_4567_89ab_cdef;
@@ -124,7 +121,6 @@ impl Host {
         let spec = GuestSpec {
             vcpus: 4,
             memory: MemoryConfig::new(512),
-            pvh: std::env::var_os(NO_PVH).is_none(),
             cmdline: "maxcpus=1",
             ports: vec![PORT],
             script: format!(

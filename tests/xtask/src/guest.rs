@@ -21,12 +21,21 @@ pub struct Kernel {
     pub bzimage: PathBuf,
 }
 
+/// Which kernel is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// What ships.
+    Shipped,
+    /// One that looks for its own mistakes: lockdep, KASAN, checks for sleeping in atomic context.
+    Debug,
+}
+
 /// Names a folder with `vmlinux` and `bzImage` to use in place of building them: for work on the kernel itself, and
 /// for trying one of another version.
 const INSTEAD: &str = "CTVM_KERNEL";
 
 /// The guest kernel, built when its recipe, its source or the compiler changed.
-pub fn kernel(cache: &Cache) -> Result<Kernel> {
+pub fn kernel(cache: &Cache, flavour: Flavour) -> Result<Kernel> {
     if let Some(folder) = std::env::var_os(INSTEAD).map(PathBuf::from) {
         eprintln!("{INSTEAD}: using the kernel in {}", folder.display());
         return Ok(Kernel { vmlinux: folder.join("vmlinux"), bzimage: folder.join("bzImage") });
@@ -43,19 +52,25 @@ pub fn kernel(cache: &Cache) -> Result<Kernel> {
         let [package] = &packages[..] else {
             anyhow::bail!("bookworm has {} packages {SOURCE}", packages.len())
         };
-        let key = Key::new("kernel", 1)
+        let (name, extra, time): (_, &[&str], _) = match flavour {
+            Flavour::Shipped => ("kernel", &[], "6 to 10 minutes"),
+            Flavour::Debug => {
+                ("kernel that looks for its mistakes", &["--with", "debug"], "10 to 20 minutes")
+            }
+        };
+        let key = Key::new(name, 1)
             .folder(&recipe)?
             .text(&package.sha256)
             .text(compiler.lines().next().unwrap_or_default());
         cache.entry("kernel", &key, |folder| {
             let deb = apt.fetch(Suite::Bookworm, &[SOURCE], &packages)?.remove(0);
-            step("build the guest kernel (6 to 10 minutes)", || build_kernel(&recipe, &deb, folder))
+            step(&format!("build the guest {name} ({time})"), || build_kernel(&recipe, &deb, folder, extra))
         })
     })?;
     Ok(Kernel { vmlinux: folder.join("vmlinux"), bzimage: folder.join("bzImage") })
 }
 
-fn build_kernel(recipe: &Path, deb: &Path, folder: &Path) -> Result<()> {
+fn build_kernel(recipe: &Path, deb: &Path, folder: &Path, extra: &[&str]) -> Result<()> {
     let work = folder.join("work");
     // Named after the package: the script notes in its manifest where the source came from.
     let name = deb.file_stem().context("package without a name")?.to_string_lossy().replace("_all", "");
@@ -69,6 +84,7 @@ fn build_kernel(recipe: &Path, deb: &Path, folder: &Path) -> Result<()> {
     let mut build = Command::new(recipe.join("build"));
     build.current_dir(&work).args(["--source", &name, "--bzimage", "--work"]).arg(work.join("objects"));
     let status = build
+        .args(extra)
         .arg("--out")
         .arg(folder)
         .stdout(std::io::stderr())

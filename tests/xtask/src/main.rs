@@ -74,7 +74,7 @@ fn main() -> ExitCode {
 
 fn kernel(cache: &cache::Cache) -> anyhow::Result<u8> {
     packages::ensure(cache)?;
-    println!("{}", guest::kernel(cache)?.vmlinux.display());
+    println!("{}", guest::kernel(cache, guest::Flavour::Shipped)?.vmlinux.display());
     Ok(0)
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::apt::Apt;
 use crate::cache::Cache;
-use crate::guest::{self, Kernel};
+use crate::guest::{self, Flavour, Kernel};
 use crate::steps::{output, quietly, step};
 use crate::{build, container_image, packages};
 
@@ -27,8 +27,13 @@ pub struct Product {
 impl Product {
     /// Builds what ships, and gathers it.
     pub fn build(cache: &Cache) -> Result<Self> {
+        Self::build_with(cache, Flavour::Shipped)
+    }
+
+    /// The same with another guest kernel.
+    pub fn build_with(cache: &Cache, flavour: Flavour) -> Result<Self> {
         packages::ensure(cache)?;
-        let kernel = guest::kernel(cache)?;
+        let kernel = guest::kernel(cache, flavour)?;
         let agent = step("build the agent", build::agent)?;
         let programs = step("build monitor, shim and command line", build::host_programs)?;
         let rootfs = guest::rootfs(cache, &agent)?;

@@ -34,7 +34,7 @@ pub fn run(cache: &Cache, product: Product, programs: &[&str], options: &Options
     let shape = Shape { product: Some(product), ..Shape::default() };
     let room = host::available_mib().saturating_sub(KEPT_MIB) / u64::from(shape.memory_mib);
     // With a filter there is too little to do for a second one.
-    let labs = if options.filter.is_some() { 1 } else { room.clamp(1, 2) };
+    let labs = if options.filter.is_some() || options.debug_kernel { 1 } else { room.clamp(1, 2) };
     let start = || (0..labs).map(|_| Machine::start(cache, &shape)).collect::<Result<Vec<_>>>();
     let machines = step(if labs == 1 { "start the lab" } else { "start two labs" }, start)?;
 
@@ -84,6 +84,7 @@ fn run_one(client: Client, name: &str, options: &Options, live: bool) -> Result<
     argv.extend(options.filter.clone());
     let mut env = vec!["RUST_BACKTRACE=1".to_owned()];
     env.extend(options.long.then(|| "CTVM_LONG=1".to_owned()));
+    env.extend(options.debug_kernel.then(|| "CTVM_DEBUG_KERNEL=1".to_owned()));
     let command = Command { argv, env, ..Command::default() };
     let said = Said::default();
     let to: Box<dyn Write> = if live { Box::new(io::stdout()) } else { Box::new(said.clone()) };
