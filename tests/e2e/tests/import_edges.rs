@@ -49,6 +49,10 @@ const MAY: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "snapshotter",
+        &["base64", "prost", "tokio", "tokio-stream", "tonic", "tonic-prost", "tonic-prost-build"],
+    ),
+    (
         "shim",
         &[
             "vmm-api",

@@ -68,9 +68,11 @@ pub fn agent() -> Result<PathBuf> {
 }
 
 /// The host's programs as they ship: monitor, shim, operator's command line.
-pub fn host_programs() -> Result<[PathBuf; 3]> {
-    run(cargo("build").args(["--release", "--bins", "--package", "vmm", "--package", "shim"]))?;
-    Ok(["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm"].map(|name| target().join("release").join(name)))
+pub fn host_programs() -> Result<[PathBuf; 4]> {
+    let packages = ["--package", "vmm", "--package", "shim", "--package", "snapshotter"];
+    run(cargo("build").args(["--release", "--bins"]).args(packages))?;
+    let programs = ["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm", "ctvm-snapshotter"];
+    Ok(programs.map(|name| target().join("release").join(name)))
 }
 
 /// The benchmark harness.

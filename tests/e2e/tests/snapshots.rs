@@ -1,0 +1,112 @@
+//! `ctvm-snapshotter` as the snapshotter of a real containerd, with ordinary images.
+#![cfg(feature = "lab")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use e2e::command::wait_until;
+use e2e::{BIN, Containerd, IMAGE, SHARE, Setup, run};
+
+/// The snapshotter's folder and socket in a containerd's folder.
+fn places(folder: &Path) -> (PathBuf, PathBuf) {
+    (folder.join("snapshots"), folder.join("snapshots.sock"))
+}
+
+fn config(folder: &Path) -> Result<String> {
+    let socket = places(folder).1;
+    Ok(format!(
+        "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+         [proxy_plugins.ctvm]\ntype = \"snapshot\"\naddress = \"{}\"\n",
+        socket.display()
+    ))
+}
+
+/// Killed when dropped.
+struct Snapshotter(Child);
+
+impl Snapshotter {
+    fn start(containerd: &Containerd) -> Result<Snapshotter> {
+        let (root, socket) = places(containerd.folder());
+        let mut command = Command::new(Path::new(BIN).join("ctvm-snapshotter"));
+        command.arg("--root").arg(root).arg("--address").arg(&socket).stdin(Stdio::null());
+        let snapshotter = Snapshotter(command.spawn().context("starting the snapshotter")?);
+        wait_until(
+            "the snapshotter serves",
+            || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()),
+        )?;
+        Ok(snapshotter)
+    }
+}
+
+impl Drop for Snapshotter {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Under each containerd: images, containers of ours and of runc, a snapshotter that is killed in between, and nothing left at the end.
+fn a_whole_life(release: &str) -> Result<()> {
+    let containerd = Setup { release: Some(release.to_owned()), config, ..Setup::default() }.start()?;
+    let snapshotter = Snapshotter::start(&containerd)?;
+    let ctr = |arguments: &[&str]| run(containerd.ctr().args(arguments))?.ok();
+    let archive = Path::new(SHARE).join("image.tar").display().to_string();
+    ctr(&["images", "import", "--snapshotter", "ctvm", &archive])?;
+    let layers = ctr(&["snapshots", "--snapshotter", "ctvm", "ls"])?;
+    ensure!(layers.contains("Committed"), "{layers}");
+
+    let id = format!("snap-{release}");
+    let ours = |options: &[&str], id: &str, command: &[&str]| {
+        containerd.run(&[options, &["--snapshotter", "ctvm"]].concat(), id, command)?.ok()
+    };
+    let script = "echo kept > /written; echo $(cat /written); exec sleep 1000";
+    ours(&["-d"], &id, &["sh", "-c", script])?;
+    containerd.wait_for(&id, "RUNNING")?;
+    // Its writable layer is on the host, where containerd counts it.
+    wait_until("the file is in the snapshot", || {
+        let folder = places(containerd.folder()).0.join("snapshots");
+        let found = fs::read_dir(folder)?
+            .any(|snapshot| snapshot.is_ok_and(|s| s.path().join("fs/written").exists()));
+        Ok(found)
+    })?;
+    let runc = ["run", "--rm", "--runtime", "io.containerd.runc.v2", "--snapshotter", "ctvm", IMAGE, "runc"];
+    ensure!(ctr(&[&runc[..], &["echo", "by runc"]].concat())? == "by runc");
+
+    drop(snapshotter);
+    let snapshotter = Snapshotter::start(&containerd)?;
+    ensure!(containerd.exec(&id, "e", &["cat", "/written"])?.ok()? == "kept");
+    ensure!(ours(&["--rm"], &format!("{id}-2"), &["echo", "again"])? == "again");
+    let usage = ctr(&["snapshots", "--snapshotter", "ctvm", "usage", &id])?;
+    ensure!(usage.contains("KiB"), "{usage}");
+
+    containerd.task(&["kill", "--signal", "KILL", &id])?.ok()?;
+    containerd.wait_for(&id, "STOPPED")?;
+    containerd.remove(&id)?;
+    for image in ctr(&["images", "ls", "-q"])?.lines() {
+        ctr(&["images", "rm", "--sync", image])?;
+    }
+    wait_until("all snapshots are gone", || {
+        let (root, _) = places(containerd.folder());
+        Ok(fs::read_dir(root.join("snapshots"))?.count() + fs::read_dir(root.join("removed"))?.count() == 0)
+    })?;
+    drop(snapshotter);
+    Ok(())
+}
+
+#[test]
+fn containers_live_on_our_snapshots_under_containerd_1_6() -> Result<()> {
+    a_whole_life("1.6")
+}
+
+#[test]
+fn containers_live_on_our_snapshots_under_containerd_1_7() -> Result<()> {
+    a_whole_life("1.7")
+}
+
+#[test]
+fn containers_live_on_our_snapshots_under_containerd_2_1() -> Result<()> {
+    a_whole_life("2.1")
+}
