@@ -102,6 +102,7 @@ fn configuration(folder: &Path) -> Result<String> {
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "ctvm.local/pause:latest"
   disable_apparmor = true
+  disable_hugetlb_controller = false
   restrict_oom_score_adj = false
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
