@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 use virtio::queue::{Reader, Writer};
 
 pub use fuse::wire;
-pub use limits::{Limits, raise_descriptor_limit};
+pub use limits::{FURTHER_SERVERS, Limits, raise_descriptor_limit};
 pub use share::{Cache, MountError, MountOptions, UnmountError};
 
 /// A file server for one guest. Shared by its threads; every call may come on any of them.

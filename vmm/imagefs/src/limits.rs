@@ -6,6 +6,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors left to the rest of the process.
 const RESERVE: usize = 256;
+/// Servers that may be added to the first one of a process.
+pub const FURTHER_SERVERS: usize = 3;
 /// Limit asked for by [`raise_descriptor_limit`]: the kernel's default ceiling (`fs.nr_open`).
 const CEILING: u64 = 1 << 20;
 
@@ -19,12 +21,31 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What the process's limit of descriptors allows: three quarters of it for nodes, one quarter for handles.
+    /// What the process's limit of descriptors allows the first server of it: three quarters of its part for nodes, one
+    /// quarter for handles.
     pub fn of_process() -> Self {
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(CEILING).min(CEILING);
-        let usable = usize::try_from(limit).expect("at most CEILING").saturating_sub(RESERVE);
-        Limits { nodes: usable - usable / 4, handles: usable / 4 }
+        let usable = usable();
+        Self::of(usable - (FURTHER_SERVERS * further(usable)))
     }
+
+    /// The same for each of up to [`FURTHER_SERVERS`] that come later.
+    pub fn of_a_further_server() -> Self {
+        Self::of(further(usable()))
+    }
+
+    fn of(part: usize) -> Self {
+        Limits { nodes: part - part / 4, handles: part / 4 }
+    }
+}
+
+fn usable() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(CEILING).min(CEILING);
+    usize::try_from(limit).expect("at most CEILING").saturating_sub(RESERVE)
+}
+
+/// Kept for each server that may come later.
+fn further(usable: usize) -> usize {
+    usable / 16
 }
 
 /// Raises the process's limit of descriptors as far as it may, and tells how far that was. A guest that lists a
@@ -54,11 +75,12 @@ mod tests {
     #[test]
     fn the_limits_leave_room_for_others() {
         let process = getrlimit(Resource::Nofile).current.unwrap_or(CEILING).min(CEILING);
-        let Limits { nodes, handles } = Limits::of_process();
-        assert!(
-            u64::try_from(nodes + handles + RESERVE).unwrap() <= process,
-            "{nodes} + {handles} of {process}"
-        );
-        assert!(nodes > handles && handles > 0);
+        let (first, further) = (Limits::of_process(), Limits::of_a_further_server());
+        let sum = |limits: Limits| limits.nodes + limits.handles;
+        let all = sum(first) + FURTHER_SERVERS * sum(further);
+        assert!(u64::try_from(all + RESERVE).unwrap() <= process, "{first:?} and {further:?} of {process}");
+        for limits in [first, further] {
+            assert!(limits.nodes > limits.handles && limits.handles > 0);
+        }
     }
 }

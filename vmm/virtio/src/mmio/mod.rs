@@ -106,6 +106,17 @@ impl<D: VirtioDevice> MmioTransport<D> {
         self.device.backend()
     }
 
+    /// Whether the device waits for its queues' events itself ([`VirtioDevice::OWN_THREADS`]).
+    pub fn has_own_threads(&self) -> bool {
+        D::OWN_THREADS
+    }
+
+    /// The status register as the driver would read it (virtio 1.2, 2.1).
+    pub fn status(&self) -> u32 {
+        let needs_reset = if self.interrupt.needs_reset() { status::NEEDS_RESET } else { 0 };
+        self.status | needs_reset
+    }
+
     /// Whether the driver has set the device up and it is at work (or paused in it).
     pub fn is_active(&self) -> bool {
         self.active
@@ -220,8 +231,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             reg::QUEUE_SIZE_MAX => self.selected().map_or(0, |queue| queue.max_size.into()),
             reg::QUEUE_READY => self.selected().map_or(0, |queue| queue.ready.into()),
             reg::INTERRUPT_STATUS => self.interrupt.status(),
-            reg::STATUS if self.interrupt.needs_reset() => self.status | status::NEEDS_RESET,
-            reg::STATUS => self.status,
+            reg::STATUS => self.status(),
             // 4.2.2: a region that is not there has length -1.
             reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => u32::MAX,
             reg::CONFIG_GENERATION => self.interrupt.config_generation(),
@@ -375,7 +385,8 @@ impl<D: VirtioDevice> MmioTransport<D> {
         })
     }
 
-    fn reset(&mut self) {
+    /// Resets the device as its driver would. Nothing touches guest memory or rings any more when it returns.
+    pub fn reset(&mut self) {
         if self.active {
             self.device.reset();
             self.active = false;
