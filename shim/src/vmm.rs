@@ -408,6 +408,7 @@ fn name_of(op: &Op) -> &'static str {
         Op::Pause => "pause",
         Op::Resume => "resume",
         Op::Attach { .. } => "attach",
+        Op::Detach { .. } => "detach",
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",

@@ -9,7 +9,8 @@ use vmm_api::config::{
     MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_NET_PAIRS, MAX_NETS, MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU,
 };
 use vmm_api::{
-    DiskConfig, FdIndex, GuestMemoryBacking, MemoryConfig, NetConfig, PROTOCOL_VERSION, VmConfig, VsockConfig,
+    DeviceName, DiskConfig, FdIndex, GuestMemoryBacking, MemoryConfig, NetConfig, PROTOCOL_VERSION, VmConfig,
+    VsockConfig,
 };
 
 const MAX_NAME: usize = 128;
@@ -265,8 +266,7 @@ impl ValidConfig {
             check_vsock(vsock)?;
         }
         if let Some(fs) = &config.fs {
-            text("fs.tag", &fs.tag, 1, MAX_TAG)?;
-            range("fs.threads", fs.threads, 1, MAX_FS_THREADS)?;
+            check_fs(fs)?;
         }
         let mut optional = |what, index: Option<FdIndex>| index.map(|i| fds.take(what, i)).transpose();
         let initrd = optional("kernel.initrd", config.kernel.initrd)?;
@@ -301,6 +301,40 @@ impl ValidConfig {
         };
         fds.done()?;
         Ok(valid)
+    }
+}
+
+/// A device that comes later than the configuration, checked.
+#[derive(Debug)]
+pub enum NewDevice {
+    /// A disk.
+    Disk(Disk),
+    /// A network device.
+    Net(Net),
+    /// A file share.
+    Fs(vmm_api::FsConfig),
+}
+
+impl NewDevice {
+    /// Checks one device and takes its descriptors out of `fds`.
+    pub fn take(device: vmm_api::NewDevice, fds: &mut Fds) -> Result<Self, ConfigError> {
+        Ok(match device {
+            vmm_api::NewDevice::Disk(disk) => NewDevice::Disk(Disk::take(disk, fds)?),
+            vmm_api::NewDevice::Net(net) => NewDevice::Net(Net::take(net, fds)?),
+            vmm_api::NewDevice::Fs(fs) => {
+                check_fs(&fs)?;
+                NewDevice::Fs(fs)
+            }
+        })
+    }
+
+    /// What guest and owner call it.
+    pub fn name(&self) -> DeviceName {
+        match self {
+            NewDevice::Disk(disk) => DeviceName::Disk(disk.id.clone()),
+            NewDevice::Net(net) => DeviceName::Net(net.mac),
+            NewDevice::Fs(fs) => DeviceName::Fs(fs.tag.clone()),
+        }
     }
 }
 
@@ -343,6 +377,11 @@ fn check_memory(memory: &MemoryConfig) -> Result<u32, ConfigError> {
         return Err(ConfigError::PooledMemory { what: "memory.max_mib" });
     }
     Ok(grows)
+}
+
+fn check_fs(fs: &vmm_api::FsConfig) -> Result<(), ConfigError> {
+    text("fs.tag", &fs.tag, 1, MAX_TAG)?;
+    range("fs.threads", fs.threads, 1, MAX_FS_THREADS)
 }
 
 fn check_vsock(vsock: &VsockConfig) -> Result<(), ConfigError> {

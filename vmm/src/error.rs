@@ -6,6 +6,7 @@ use vmm_api::{ApiError, ErrorCode};
 
 use crate::arch::x86_64::kernel::KernelError;
 use crate::config::ConfigError;
+use crate::devices::DeviceError;
 use crate::dials::TooMany;
 use crate::memory::MemoryError;
 use crate::vm::builder::VmError;
@@ -57,7 +58,10 @@ impl Coded for VmError {
             VmError::Config(error) => error.code(),
             VmError::Memory(error) | VmError::Kernel(KernelError::Memory(error)) => error.code(),
             VmError::Kernel(_) => ErrorCode::InvalidArgument,
-            VmError::Device(crate::devices::DeviceError::Refused { .. }) => ErrorCode::InvalidArgument,
+            VmError::Device(DeviceError::Refused { .. } | DeviceError::Nameless(_)) => {
+                ErrorCode::InvalidArgument
+            }
+            VmError::Device(DeviceError::Exists(_) | DeviceError::Parked(_)) => ErrorCode::AlreadyExists,
             VmError::Device(_) | VmError::Host { .. } => ErrorCode::ResourceExhausted,
             VmError::Kvm(_) | VmError::Vcpu(_) | VmError::Overlap(_) | VmError::Confine(_) => {
                 ErrorCode::Internal

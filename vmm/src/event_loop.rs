@@ -13,8 +13,8 @@ pub enum Token {
     Control,
     /// The guest ended.
     GuestEnd,
-    /// A driver reset a device that may then have something to say.
-    DeviceReset,
+    /// A driver changed the status of a device that somebody waits for.
+    DeviceStatus,
     /// The guest notified a queue.
     Queue {
         /// Slot of the device.
@@ -36,7 +36,7 @@ impl Token {
         match self {
             Token::Control => 0,
             Token::GuestEnd => 1,
-            Token::DeviceReset => 2,
+            Token::DeviceStatus => 2,
             Token::Queue { slot, queue } => 3 | u64::from(slot) << 32 | u64::from(queue) << 48,
             Token::Backend { slot } => 4 | u64::from(slot) << 32,
             Token::Upcall => 5,
@@ -49,7 +49,7 @@ impl Token {
         match part(0) {
             0 => Token::Control,
             1 => Token::GuestEnd,
-            2 => Token::DeviceReset,
+            2 => Token::DeviceStatus,
             3 => Token::Queue { slot, queue },
             4 => Token::Backend { slot },
             5 => Token::Upcall,
@@ -137,7 +137,7 @@ mod tests {
         for token in [
             Token::Control,
             Token::GuestEnd,
-            Token::DeviceReset,
+            Token::DeviceStatus,
             Token::Queue { slot: 18, queue: 7 },
             Token::Queue { slot: u16::MAX, queue: u16::MAX },
             Token::Backend { slot: 3 },

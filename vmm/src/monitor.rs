@@ -106,8 +106,8 @@ impl Monitor {
                 }
             }
             let now = Instant::now();
-            let resize = self.vm.as_ref().and_then(|vm| vm.next_resize_timeout(now));
-            let timeout = [self.dials.next_timeout(now), resize].into_iter().flatten().min();
+            let change = self.vm.as_ref().and_then(|vm| vm.next_change_timeout(now));
+            let timeout = [self.dials.next_timeout(now), change].into_iter().flatten().min();
             let ready = match self.events.wait(timeout) {
                 Ok(ready) => ready,
                 Err(e) => return ExitReason::Internal { detail: format!("epoll_wait: {e}") },
@@ -119,7 +119,7 @@ impl Monitor {
             }
             self.expire_dials();
             self.relay_connections();
-            self.answer_resizes();
+            self.answer_changes();
         }
     }
 
@@ -131,12 +131,17 @@ impl Monitor {
             }
             Token::Control => self.take_request(),
             Token::GuestEnd => self.guest_end(),
-            Token::DeviceReset => self.with_devices(|devices| devices.on_reset()),
+            Token::DeviceStatus => {
+                if let Some(vm) = &mut self.vm {
+                    vm.on_device_status(&self.events);
+                }
+                None
+            }
             Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
             Token::Backend { slot } => self.with_devices(|devices| devices.on_backend(slot)),
             Token::Upcall => {
                 if let Some(vm) = &mut self.vm {
-                    vm.on_upcall();
+                    vm.on_upcall(&self.events);
                 }
                 None
             }
@@ -215,12 +220,16 @@ impl Monitor {
         }
     }
 
-    fn answer_resizes(&mut self) {
+    fn answer_changes(&mut self) {
         let Some(vm) = &mut self.vm else { return };
-        vm.expire_resizes(Instant::now());
+        vm.expire_changes(&self.events, Instant::now());
         for answer in vm.take_resize_answers() {
             log::info!("resize: {}", answer.resized);
             self.control.reply(answer.id, Ok((Reply::Resized(answer.resized), vec![])));
+        }
+        for (id, answer) in vm.take_plug_answers() {
+            let reply = answer.map(|attached| attached.map_or(Reply::Done, Reply::Attached));
+            self.control.reply(id, reply.map(|reply| (reply, vec![])));
         }
     }
 
@@ -251,7 +260,7 @@ impl Monitor {
             self.control.reply(id, Err(ApiError::msg(ErrorCode::Unavailable, "the VM has ended")));
         }
         let Some(vm) = &mut self.vm else { return reason };
-        for id in vm.end_resizes() {
+        for id in vm.end_changes() {
             self.control.reply(id, Err(ApiError::msg(ErrorCode::Unavailable, "the VM has ended")));
         }
         if let Err(e) = vm.stop() {

@@ -43,6 +43,8 @@ pub enum Role {
     Vcpu,
     /// The file server's.
     Fs,
+    /// The one that makes devices while the VM runs.
+    Plug,
 }
 
 static MODE: OnceLock<Mode> = OnceLock::new();
@@ -60,6 +62,7 @@ impl Role {
             Role::Vmm => "vmm",
             Role::Vcpu => "vcpu",
             Role::Fs => "fs",
+            Role::Plug => "plug",
         }
     }
 }
@@ -71,9 +74,11 @@ pub fn confine(role: Role) -> Result<(), seccompiler::Error> {
         (Mode::Enforce, Role::Vmm) => &VMM_ENFORCE,
         (Mode::Enforce, Role::Vcpu) => &VCPU_ENFORCE,
         (Mode::Enforce, Role::Fs) => &FS_ENFORCE,
+        (Mode::Enforce, Role::Plug) => &PLUG_ENFORCE,
         (Mode::Log, Role::Vmm) => &VMM_LOG,
         (Mode::Log, Role::Vcpu) => &VCPU_LOG,
         (Mode::Log, Role::Fs) => &FS_LOG,
+        (Mode::Log, Role::Plug) => &PLUG_LOG,
     };
     breach::name_list(role.list());
     apply_filter(filter)
@@ -179,6 +184,45 @@ mod tests {
         for call in [libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETPERSIST] {
             assert!(!enforced(&VCPU_ENFORCE, libc::SYS_ioctl, &[9, call]));
             assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, call]));
+        }
+    }
+
+    /// The thread that makes devices may what its own children may, and little more.
+    #[test]
+    fn who_makes_threads_may_all_that_they_may() {
+        const THREAD: u64 = 0x3d_0f00;
+        const FAILS_WITH_ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS.unsigned_abs();
+        for call in 0..1024 {
+            assert!(!enforced(&FS_ENFORCE, call, &[]) || enforced(&PLUG_ENFORCE, call, &[]), "{call}");
+        }
+        for mode in [libc::S_IFREG, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFBLK] {
+            let args = [0, 0, mode.into(), 0];
+            let may = |filter| enforced(filter, libc::SYS_mknodat, &args);
+            assert_eq!(may(&PLUG_ENFORCE[..]), may(&FS_ENFORCE[..]), "{mode:o}");
+        }
+        assert_eq!(verdict(&PLUG_ENFORCE, X86_64, libc::SYS_clone3, &[]), FAILS_WITH_ENOSYS);
+        assert!(enforced(&PLUG_ENFORCE, libc::SYS_clone, &[THREAD]));
+        for flags in [0, 17, THREAD | libc::CLONE_NEWUSER.unsigned_abs() as u64] {
+            assert!(!enforced(&PLUG_ENFORCE, libc::SYS_clone, &[flags]), "{flags:#x}");
+        }
+        const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+        const KVM_IRQFD: u64 = 0x4020_ae76;
+        for call in [KVM_IOEVENTFD, KVM_IRQFD, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD] {
+            assert!(enforced(&PLUG_ENFORCE, libc::SYS_ioctl, &[9, call]));
+            assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, call]));
+        }
+        for call in [libc::TUNSETIFF, libc::TUNSETPERSIST] {
+            assert!(!enforced(&PLUG_ENFORCE, libc::SYS_ioctl, &[9, call]));
+        }
+        for call in [
+            libc::SYS_execve,
+            libc::SYS_open,
+            libc::SYS_socket,
+            libc::SYS_ptrace,
+            libc::SYS_setns,
+            libc::SYS_mount,
+        ] {
+            assert!(!enforced(&PLUG_ENFORCE, call, &[]), "{call}");
         }
     }
 

@@ -10,7 +10,10 @@ use std::process::{Command, Stdio};
 
 use common::{LIMIT, Vmm, config, configure, file, kernel, kvm_or_skip};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vmm_api::{ApiError, DiskConfig, ErrorCode, ExitReason, FdIndex, Message, Op, Outcome, Reply, exit};
+use vmm_api::{
+    ApiError, DeviceName, DiskConfig, ErrorCode, ExitReason, FdIndex, Message, NewDevice, Op, Outcome, Reply,
+    exit,
+};
 
 fn status_of(command: &mut Command) -> (Option<i32>, String) {
     let output = command.stdin(Stdio::null()).output().unwrap();
@@ -182,12 +185,19 @@ fn what_is_no_disk_and_what_is_missing_is_refused() {
     assert!(error.to_string().contains("not a multiple of 512"), "{error}");
 
     vmm.call(configure(config()), &[kernel(&[0xf4])]).unwrap();
-    for _ in 0..vmm_api::config::MAX_DISKS {
-        assert_eq!(vmm.call(Op::Attach { disk: disk(0) }, &[file(&[0; 512])]), Ok(Reply::Done));
+    let attach = || Op::Attach { device: NewDevice::Disk(disk(0)), timeout_ms: 1 };
+    for slot in 0..vmm_api::config::MAX_DISKS {
+        let reply = vmm.call(attach(), &[file(&[0; 512])]);
+        let Ok(Reply::Attached(attached)) = reply else { panic!("{reply:?}") };
+        assert_eq!(usize::from(attached.slot), slot);
+        assert_eq!(attached.registers, 0xd000_0000 + 0x1000 * slot as u64);
     }
-    let error = vmm.call(Op::Attach { disk: disk(0) }, &[file(&[0; 512])]).unwrap_err();
-    assert_eq!(error.message, "number of disks is 9, must be 0 to 8");
-    let error = vmm.call(Op::FsUnmount { at: "x".into() }, &[]).unwrap_err();
+    let error = vmm.call(attach(), &[file(&[0; 512])]).unwrap_err();
+    assert_eq!(error.message, "disk \"\" would be number 17 of its kind, at most 16 can be");
+    let device = DeviceName::Disk("a".into());
+    let error = vmm.call(Op::Detach { device, timeout_ms: 1 }, &[]).unwrap_err();
+    assert_eq!(error.message, "detach needs a running VM; this one is configured");
+    let error = vmm.call(Op::FsUnmount { share: None, at: "x".into() }, &[]).unwrap_err();
     assert_eq!(error.message, "this VM was configured without a file share");
     let error = vmm.call(Op::Stats, &[file(b"")]).unwrap_err();
     assert!(error.message.contains("1 descriptors"), "{error}");

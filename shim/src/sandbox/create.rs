@@ -212,7 +212,7 @@ impl Sandbox {
         options: ShareOptions,
     ) -> Result<(), TaskError> {
         let ShareOptions { read_only, cache } = options;
-        let mount = Op::FsMount { at: name.to_owned(), dir: FdIndex(0), read_only, cache };
+        let mount = Op::FsMount { share: None, at: name.to_owned(), dir: FdIndex(0), read_only, cache };
         vm.vmm.call(mount, &[dir.as_fd()], self.config.timeouts.vmm()).await?;
         container.add_share(name);
         Ok(())
@@ -222,7 +222,7 @@ impl Sandbox {
     pub(super) async fn unshare(&self, container: &Container) {
         for name in container.take_shares() {
             if let Some(vm) = self.running_vm() {
-                let unmount = Op::FsUnmount { at: name.clone() };
+                let unmount = Op::FsUnmount { share: None, at: name.clone() };
                 if let Err(e) = vm.vmm.call(unmount, &[], self.config.timeouts.vmm()).await {
                     log::warn!(container:% = container.id; "taking share {name} back: {}", crate::error::chain(&e));
                 }

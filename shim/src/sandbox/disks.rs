@@ -12,7 +12,8 @@ use std::path::PathBuf;
 use agent_api::disk_serial;
 use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor, open};
 use vmm_api::config::MAX_DISKS;
-use vmm_api::{DiskConfig, FdIndex, Op};
+use vmm_api::hotplug::MAX_PLUG_MS;
+use vmm_api::{DiskConfig, FdIndex, NewDevice, Op};
 
 use crate::container::devices::HostDisk;
 use crate::error::TaskError;
@@ -179,8 +180,12 @@ impl Sandbox {
         }
         let disk = Disk::open(wanted)?;
         let number = u32::try_from(held.len()).expect("a VM has few disks");
-        let attach = Op::Attach { disk: disk.config(number, FdIndex(0)) };
-        let attached = vm.vmm.call(attach, &[disk.file().as_fd()], self.config.timeouts.vmm()).await;
+        let limit = self.config.timeouts.vmm();
+        // The VMM's own limit is the lower one: its answer has the numbers.
+        let timeout_ms = u32::try_from((limit / 2).as_millis()).unwrap_or(u32::MAX).clamp(1, MAX_PLUG_MS);
+        let device = NewDevice::Disk(disk.config(number, FdIndex(0)));
+        let attach = Op::Attach { device, timeout_ms };
+        let attached = vm.vmm.call(attach, &[disk.file().as_fd()], limit).await;
         attached.map_err(|source| DiskError::Late { path: wanted.path.clone(), source })?;
         held.push(disk.held());
         Ok(number)

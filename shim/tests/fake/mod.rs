@@ -107,7 +107,7 @@ pub fn run() -> ! {
                 shares.lock().unwrap().insert(at, fds.remove(0));
                 Outcome::Ok(Reply::Done)
             }
-            Op::FsUnmount { at } => match shares.lock().unwrap().remove(&at) {
+            Op::FsUnmount { at, .. } => match shares.lock().unwrap().remove(&at) {
                 Some(_) => Outcome::Ok(Reply::Done),
                 None => Outcome::Err(ApiError::msg(ErrorCode::NotFound, at)),
             },

@@ -187,7 +187,13 @@ impl GuestSpec {
         guest.client.call(Op::Configure(Box::new(config)), &borrowed, LIMIT).context("configure")?;
         drop(fds);
         if let Some((dir, read_only)) = self.share {
-            let op = Op::FsMount { at: "share".into(), dir: FdIndex(0), read_only, cache: FsCache::Shared };
+            let op = Op::FsMount {
+                share: None,
+                at: "share".into(),
+                dir: FdIndex(0),
+                read_only,
+                cache: FsCache::Shared,
+            };
             guest.client.call(op, &[dir.as_fd()], LIMIT).context("fs mount")?;
         }
         guest.client.call(Op::Boot, &[], LIMIT).context("boot")?;

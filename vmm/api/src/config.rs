@@ -10,10 +10,16 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 32;
+/// Places for devices, of all kinds together: each has an interrupt of its own.
+pub const DEVICE_SLOTS: usize = 19;
 /// Most disks.
-pub const MAX_DISKS: usize = 8;
+pub const MAX_DISKS: usize = 16;
 /// Most network devices.
 pub const MAX_NETS: usize = 8;
+/// Most shares of host directories: that of the boot, and those that come later.
+pub const MAX_SHARES: usize = 4;
+/// Most attaches and detaches that wait for their turn.
+pub const MAX_WAITING: usize = 32;
 /// Most queue pairs of a network device.
 pub const MAX_NET_PAIRS: usize = 4;
 /// Least MTU of a network device, in bytes (virtio 1.2, 5.1.4.1).

@@ -23,6 +23,7 @@ pub mod error;
 pub mod event;
 pub mod exit;
 pub mod frame;
+pub mod hotplug;
 pub mod image;
 pub mod op;
 pub mod resize;
@@ -36,6 +37,7 @@ pub use config::{
 pub use error::{ApiError, ErrorCode};
 pub use event::{Event, ExitReason};
 pub use frame::{FdIndex, Packet};
+pub use hotplug::{Attached, DeviceName, NewDevice};
 pub use op::{FsCache, Message, Op, Outcome, Reply, Request};
 pub use resize::{Ending, Reached, Resized, Vcpus};
 pub use stats::{Size, Stats, Timeline};

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::hotplug::{Attached, DeviceName, NewDevice};
 use crate::resize::{Resized, Vcpus};
-use crate::{ApiError, DiskConfig, Event, FdIndex, Stats, Timeline, VmConfig};
+use crate::{ApiError, Event, FdIndex, Stats, Timeline, VmConfig};
 
 /// One request of the owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,13 +29,33 @@ pub enum Op {
     Pause,
     /// Go on after `Pause`. Legal when paused; running already succeeds.
     Resume,
-    /// Add a disk. Legal when configured and not yet booted; on a running VM it needs the upcall channel.
+    /// Add a device. Legal when configured, and on a running VM, whose kernel is told over the upcall channel. Replies
+    /// [`Reply::Attached`] when the guest's driver has it. An error means that the guest has not got it, or has not said
+    /// so: where it may have it all the same, the device is *parked*, that is taken away as soon as the guest has given it
+    /// up, and the error says so. It can be detached like any other meanwhile. One attach, detach or resize is under way at
+    /// a time; [`crate::config::MAX_WAITING`] wait.
     Attach {
-        /// The disk.
-        disk: DiskConfig,
+        /// The device.
+        device: NewDevice,
+        /// How long it may take on a running VM, waiting for its turn and for a guest that still boots included, in
+        /// milliseconds, 1 to [`crate::hotplug::MAX_PLUG_MS`].
+        timeout_ms: u32,
     },
-    /// Show a host directory in the file share. Legal from `Configure` to the end; needs [`VmConfig::fs`].
+    /// Take a device away. Legal when running, over the upcall channel; devices of the boot can go, too. Replies
+    /// [`Reply::Done`] when the guest has given it up and nothing of it is left here: what was written to a disk is
+    /// durable then. An error means that it stays, and that it can be detached later.
+    Detach {
+        /// Which.
+        device: DeviceName,
+        /// As for `Attach`.
+        timeout_ms: u32,
+    },
+    /// Show a host directory in a file share. Legal from `Configure` to the end; needs [`VmConfig::fs`], or a share that was
+    /// attached.
     FsMount {
+        /// Tag of the share; that of [`VmConfig::fs`] when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        share: Option<String>,
         /// Name of the directory in the share's root: 1 to 255 bytes, no `/`, not `.` or `..`.
         at: String,
         /// The directory (`O_PATH` will do). Nothing above it can be reached through it.
@@ -48,6 +69,9 @@ pub enum Op {
     },
     /// Take a directory out of the share. Files that the guest holds open stay readable until it closes them.
     FsUnmount {
+        /// The share given to `FsMount`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        share: Option<String>,
         /// The name given to `FsMount`.
         at: String,
     },
@@ -137,4 +161,6 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// A resize has ended.
     Resized(Resized),
+    /// A device has been added.
+    Attached(Attached),
 }

@@ -37,6 +37,10 @@ pub struct Stats {
     /// `le_N_us`, each counting all that took at most N microseconds; and what the upcall channel counts.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub resizes: BTreeMap<String, u64>,
+    /// Devices that came and went while the VM ran, by how it ended: `attached`, `detached`, `refused` by the host or the
+    /// guest, `timed_out`, `reset`; `parked`: devices that the guest may have and that are to go.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub plugs: BTreeMap<String, u64>,
     /// Device counters: device name (`blk0`, `vsock`, …) to counter to value.
     pub devices: BTreeMap<String, BTreeMap<String, u64>>,
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Map, Value, json};
-use vmm::config::{Disk, Fds, ValidConfig, cmdline_with_devices};
+use vmm::config::{Fds, NewDevice, ValidConfig, cmdline_with_devices};
 use vmm::control::{Control, Incoming};
 use vmm::vm::lifecycle::{Permit, State, permit};
 use vmm_api::config::{MAX_CMDLINE, MAX_DISKS, MAX_VCPUS};
@@ -86,7 +86,7 @@ fn carry_out(
                 assert!(line.len() < MAX_CMDLINE && !line.contains('\0'));
             }
         }
-        Op::Attach { disk } => drop(Disk::take(disk, &mut fds).map_err(|e| error(&e))?),
+        Op::Attach { device, .. } => drop(NewDevice::take(device, &mut fds).map_err(|e| error(&e))?),
         Op::FsMount { dir, .. } => drop(fds.take("dir", dir).map_err(|e| error(&e))?),
         _ => {}
     }
@@ -116,12 +116,12 @@ fn packet(input: &mut Input<'_>) -> Vec<u8> {
 }
 
 fn op(input: &mut Input<'_>) -> Value {
-    match input.u8() % 13 {
+    match input.u8() % 15 {
         0..3 => json!({ "configure": config(input) }),
         3 => json!("boot"),
         4 => json!("pause"),
         5 => json!("resume"),
-        6 => json!({ "attach": { "disk": disk(input) } }),
+        6 => json!({ "attach": { "device": device(input), "timeout_ms": number(input) } }),
         7 => {
             json!({ "fs_mount": { "at": text(input), "dir": number(input), "read_only": true, "cache": text(input) } })
         }
@@ -131,7 +131,19 @@ fn op(input: &mut Input<'_>) -> Value {
         11 => {
             json!({ "resize": { "vcpus": { "count": number(input) }, "memory_mib": number(input), "timeout_ms": number(input) } })
         }
+        12 => {
+            json!({ "fs_mount": { "share": text(input), "at": text(input), "dir": number(input) } })
+        }
+        13 => json!({ "detach": { "device": { "disk": text(input) }, "timeout_ms": number(input) } }),
         _ => json!("shutdown"),
+    }
+}
+
+fn device(input: &mut Input<'_>) -> Value {
+    match input.u8() % 3 {
+        0 => json!({ "disk": disk(input) }),
+        1 => json!({ "net": { "taps": [number(input)], "mac": input.bytes(6).to_vec(), "mtu": number(input) } }),
+        _ => json!({ "fs": { "tag": text(input), "threads": number(input) } }),
     }
 }
 

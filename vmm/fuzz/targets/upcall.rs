@@ -1,17 +1,20 @@
-//! A guest's end of the upcall channel that says whatever it likes, while resizes are asked for: each ends once, and no vCPU is
-//! stopped that it did not say it is rid of.
+//! A guest's end of the upcall channel that says whatever it likes, while resizes are asked for, and devices to come and go: each
+//! ends once, and no vCPU is stopped, no device taken out, that it did not say it is rid of.
 #![no_main]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use fuzz::Input;
 use libfuzzer_sys::fuzz_target;
+use vmm::devices::DeviceKey;
 use vmm::upcall::abi::{self, Header, kind};
-use vmm::upcall::{Ask, Channel};
-use vmm::vm::resize::{Asked, CpuSet, Cpus, Machine, MemoryState, Resizer, Target};
+use vmm::upcall::{Ask, Channel, DevicePlace};
+use vmm::vm::change::{
+    Asked, Changes, CpuSet, Cpus, Gone, Left, Machine, MemoryState, Plug, PlugAsked, Target,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 const VCPUS: u8 = 8;
@@ -20,6 +23,10 @@ struct World {
     channel: Channel,
     started: CpuSet,
     memory: MemoryState,
+    /// Status registers of what is on the bus.
+    devices: BTreeMap<DeviceKey, u32>,
+    /// What the guest was told of in this step, or asked to give up.
+    told: BTreeSet<DeviceKey>,
 }
 
 impl Machine for World {
@@ -28,6 +35,9 @@ impl Machine for World {
     }
 
     fn send(&mut self, ask: &Ask, within: Duration) -> Option<u64> {
+        if let Ask::AddDevice { place } | Ask::RemoveDevice { place } = ask {
+            self.told.insert(DeviceKey(place.base));
+        }
         self.channel.send(ask, within)
     }
 
@@ -55,6 +65,22 @@ impl Machine for World {
         self.memory.seen = false;
         Ok(())
     }
+
+    fn serves(&self, kind: u16) -> bool {
+        self.channel.hello().is_some_and(|hello| hello.knows(kind))
+    }
+
+    fn place(&self, device: DeviceKey) -> Option<DevicePlace> {
+        self.devices.contains_key(&device).then_some(DevicePlace { base: device.0, size: 4096, irq: 5 })
+    }
+
+    fn driver_status(&self, device: DeviceKey) -> u32 {
+        self.devices.get(&device).copied().unwrap_or_default()
+    }
+
+    fn unplug(&mut self, device: DeviceKey) -> Option<Gone> {
+        self.devices.remove(&device).map(|_| Gone::default())
+    }
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -63,12 +89,14 @@ fuzz_target!(|data: &[u8]| {
         channel: Channel::with_epochs(|| 77),
         started: CpuSet::first(1),
         memory: MemoryState { base: 0xd000_0000, requested: 0, plugged: 0, seen: false },
+        devices: BTreeMap::new(),
+        told: BTreeSet::new(),
     };
-    let mut resizer = Resizer::new(CpuSet::first(1), CpuSet::first(VCPUS), 1 << 28);
+    let mut changes = Changes::new(CpuSet::first(1), CpuSet::first(VCPUS), 1 << 28);
     let (mut guest, mut now, mut id, mut open) = (None::<UnixStream>, Instant::now(), 0, BTreeSet::new());
     let mut asked = None;
     while !input.is_empty() {
-        match input.u8() % 9 {
+        match input.u8() % 12 {
             0 => {
                 let (near, far) = UnixStream::pair().expect("a few descriptors");
                 near.set_nonblocking(true).expect("a socket");
@@ -91,27 +119,67 @@ fuzz_target!(|data: &[u8]| {
                 let vcpus = Some(Cpus::Count(1 + input.u8() % VCPUS));
                 let memory = (input.u8() & 1 == 0).then(|| u64::from(input.u8()) << 21);
                 let target = Target { vcpus, memory };
-                resizer.request(Asked { id, target, at: now, timeout: Duration::from_secs(1) }, &mut world);
+                changes.request(Asked { id, target, at: now, timeout: Duration::from_secs(1) }, &mut world);
+            }
+            8 => {
+                id += 1;
+                let device = DeviceKey(id);
+                world.devices.insert(device, 0);
+                let asked = PlugAsked { id, device, plug: Plug::Add, at: now, timeout: Duration::from_secs(1) };
+                match changes.plug(asked, &mut world) {
+                    Ok(()) => drop(open.insert(id)),
+                    Err(_) => drop(world.devices.remove(&device)),
+                }
+            }
+            9 => {
+                let nth = usize::from(input.u8() % 8);
+                let Some(device) = world.devices.keys().nth(nth).copied() else { continue };
+                id += 1;
+                let asked =
+                    PlugAsked { id, device, plug: Plug::Remove, at: now, timeout: Duration::from_secs(1) };
+                if changes.plug(asked, &mut world).is_ok() {
+                    open.insert(id);
+                }
+            }
+            10 => {
+                let nth = usize::from(input.u8() % 8);
+                if let Some(status) = world.devices.values_mut().nth(nth) {
+                    *status = input.u8().into();
+                    changes.device_moved(&mut world, now);
+                }
             }
             7 => world.memory.plugged = u64::from(input.u8()) << 21,
             _ => now += Duration::from_millis(u64::from(input.u16()) % 4000),
         }
         for what in world.channel.on_ready() {
-            resizer.happened(what, &mut world, now);
+            changes.happened(what, &mut world, now);
         }
         world.channel.expire(now);
-        resizer.expire(&mut world, now);
-        for answer in resizer.take_answers() {
+        changes.expire(&mut world, now);
+        for answer in changes.take_answers() {
             assert!(open.remove(&answer.id), "{} was answered twice", answer.id);
         }
-        assert!(resizer.online().is_none_or(|online| online.without(world.started).is_empty()));
+        for plugged in changes.take_plugged() {
+            assert!(open.remove(&plugged.id), "{} was answered twice", plugged.id);
+            let there = world.devices.contains_key(&plugged.device);
+            match (plugged.plug, plugged.ended) {
+                (Plug::Add, Ok(())) => assert!(world.told.contains(&plugged.device)),
+                (_, Ok(()) | Err((_, Left::Out))) => assert!(!there, "{:?} is still there", plugged.device),
+                (_, Err((_, Left::In | Left::Parked))) => assert!(there, "{:?} is gone", plugged.device),
+            }
+        }
+        assert!(changes.online().is_none_or(|online| online.without(world.started).is_empty()));
     }
-    for _ in 0..3 {
+    // One that was asked last may wait behind many.
+    for _ in 0..80 {
         now += Duration::from_secs(10);
-        resizer.expire(&mut world, now);
+        changes.expire(&mut world, now);
     }
-    for answer in resizer.take_answers() {
+    for answer in changes.take_answers() {
         assert!(open.remove(&answer.id));
+    }
+    for plugged in changes.take_plugged() {
+        assert!(open.remove(&plugged.id));
     }
     assert!(open.is_empty(), "not answered: {open:?}");
 });

@@ -87,7 +87,7 @@ fn each_refusal_has_value_and_limit() {
         ("kernel.cmdline has 1 bytes and a NUL among them", |c| c.kernel.cmdline = "\0".into()),
         ("disk.queues is 9, must be 1 to 8", |c| c.disks = vec![DiskConfig { queues: 9, ..disk(0) }]),
         ("disk.id has 21 bytes", |c| c.disks = vec![DiskConfig { id: "i".repeat(21), ..disk(0) }]),
-        ("number of disks is 9, must be 0 to 8", |c| c.disks = vec![disk(0); 9]),
+        ("number of disks is 17, must be 0 to 16", |c| c.disks = vec![disk(0); 17]),
         ("number of nets is 9, must be 0 to 8", |c| c.nets = vec![net(0); 9]),
         ("number of net.taps is 0, must be 1 to 4", |c| {
             c.nets = vec![NetConfig { taps: vec![], ..net(0) }];

@@ -27,4 +27,16 @@ impl KvmVm {
     pub fn register_irq(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
         self.fd.register_irqfd(event, gsi).named(format!("KVM_IRQFD for interrupt {gsi}"))
     }
+
+    /// Takes back what [`KvmVm::register_kick`] did, with the same event.
+    pub fn unregister_kick(&self, event: &EventFd, at: KickAddress) -> Result<(), KvmError> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(at.gpa), at.value)
+            .named(format!("KVM_IOEVENTFD, taken back, at {:#x} for value {}", at.gpa, at.value))
+    }
+
+    /// Takes back what [`KvmVm::register_irq`] did, with the same event. No interrupt comes of it any more when it returns.
+    pub fn unregister_irq(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.fd.unregister_irqfd(event, gsi).named(format!("KVM_IRQFD, taken back, for interrupt {gsi}"))
+    }
 }

@@ -3,19 +3,21 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use imagefs::{Cache, MountOptions};
+use imagefs::{Cache, FileServer, MountOptions};
+use vmm_api::hotplug::MAX_PLUG_MS;
 use vmm_api::resize::MAX_RESIZE_MS;
-use vmm_api::{ApiError, ErrorCode, FsCache, Op, Reply, Stats, Vcpus, VmConfig};
+use vmm_api::{ApiError, DeviceName, ErrorCode, FsCache, Op, Reply, Stats, Vcpus, VmConfig};
 
 use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
-use crate::config::{Disk, Fds, ValidConfig};
+use crate::config::{Fds, NewDevice, ValidConfig};
 use crate::error::Coded;
 use crate::upcall;
 use crate::vcpu::CpuSet;
 use crate::vm::Vm;
 use crate::vm::builder::{self, VmError};
-use crate::vm::resize::{Asked, Cpus, Target};
+use crate::vm::change::{Asked, Cpus, Target};
+use crate::vm::lifecycle::State;
 
 /// Longest wait of a `VsockConnect`, in milliseconds.
 const MAX_DIAL_MS: u32 = 60_000;
@@ -31,13 +33,15 @@ impl Monitor {
         }
         let mut fds = Fds::new(fds);
         let done = match op {
-            Op::Attach { disk } => {
-                let disk = Disk::take(disk, &mut fds).map_err(|e| e.to_api())?;
-                self.attach(disk)
+            Op::Attach { device, timeout_ms } => {
+                let device = NewDevice::take(device, &mut fds).map_err(|e| e.to_api())?;
+                fds = none_left(fds)?;
+                self.attach(id, device, timeout_ms)
             }
-            Op::FsMount { at, dir, read_only, cache } => {
+            Op::FsMount { share, at, dir, read_only, cache } => {
                 let dir = fds.take("dir", dir).map_err(|e| e.to_api())?;
-                self.fs_mount(&at, dir, MountOptions { read_only, cache: cache_of(cache) })
+                let options = MountOptions { read_only, cache: cache_of(cache) };
+                self.fs_mount(share.as_deref(), &at, dir, options)
             }
             other => {
                 fds = none_left(fds)?;
@@ -53,7 +57,8 @@ impl Monitor {
             Op::Boot => self.boot(),
             Op::Pause => self.pause(),
             Op::Resume => self.resume(),
-            Op::FsUnmount { at } => self.fs_unmount(&at),
+            Op::Detach { device, timeout_ms } => self.detach(id, &device, timeout_ms),
+            Op::FsUnmount { share, at } => self.fs_unmount(share.as_deref(), &at),
             Op::VsockConnect { port, timeout_ms } => self.vsock_connect(id, port, timeout_ms),
             Op::Resize { vcpus, memory_mib, timeout_ms } => self.resize(id, vcpus, memory_mib, timeout_ms),
             Op::Stats => Ok(Answer::Now(Reply::Stats(Box::new(self.stats())))),
@@ -95,7 +100,7 @@ impl Monitor {
         if !(1..=MAX_RESIZE_MS).contains(&timeout_ms) {
             return Err(invalid(format!("timeout_ms is {timeout_ms}, must be 1 to {MAX_RESIZE_MS}")));
         }
-        let vm = self.vm_mut();
+        let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
         if vm.devices().vsock().is_none() {
             return Err(missing("socket device"));
         }
@@ -107,7 +112,7 @@ impl Monitor {
             return Err(invalid("neither vcpus nor memory_mib is given".to_owned()));
         }
         let timeout = Duration::from_millis(timeout_ms.into());
-        vm.resize(Asked { id, target, at: Instant::now(), timeout });
+        vm.resize(&self.events, Asked { id, target, at: Instant::now(), timeout });
         Ok(Answer::Later)
     }
 
@@ -137,23 +142,51 @@ impl Monitor {
         DONE
     }
 
-    fn attach(&mut self, disk: Disk) -> Done {
+    /// On a VM that runs the answer comes when the guest's driver has the device, or when the time is up.
+    fn attach(&mut self, id: u64, device: NewDevice, timeout_ms: u32) -> Done {
+        let timeout = plug_timeout(timeout_ms)?;
         let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
-        vm.attach(&self.events, disk).map_err(|e| e.to_api())?;
+        if self.state == State::Configured {
+            let attached = vm.attach(&self.events, device).map_err(|e| e.to_api())?;
+            return Ok(Answer::Now(Reply::Attached(attached)));
+        }
+        if vm.devices().vsock().is_none() {
+            return Err(missing("socket device"));
+        }
+        vm.plug(&self.events, device, id, timeout).map_err(|e| e.to_api())?;
+        Ok(Answer::Later)
+    }
+
+    /// The answer comes when nothing of the device is left, or when the time is up.
+    fn detach(&mut self, id: u64, device: &DeviceName, timeout_ms: u32) -> Done {
+        let timeout = plug_timeout(timeout_ms)?;
+        let vm = self.vm.as_mut().expect("the lifecycle lets nothing through before there is one");
+        if vm.devices().vsock().is_none() {
+            return Err(missing("socket device"));
+        }
+        vm.unplug(&self.events, device, id, timeout).map_err(|e| e.to_api())?;
+        Ok(Answer::Later)
+    }
+
+    fn fs_mount(&self, share: Option<&str>, at: &str, dir: OwnedFd, options: MountOptions) -> Done {
+        self.files(share)?.mount(at, dir, options).map_err(|e| e.to_api())?;
         DONE
     }
 
-    fn fs_mount(&self, at: &str, dir: OwnedFd, options: MountOptions) -> Done {
-        let files = self.vm().devices().files().ok_or_else(|| missing("file share"))?;
-        files.mount(at, dir, options).map_err(|e| e.to_api())?;
-        DONE
-    }
-
-    fn fs_unmount(&self, at: &str) -> Done {
-        let files = self.vm().devices().files().ok_or_else(|| missing("file share"))?;
-        let open = files.unmount(at).map_err(|e| e.to_api())?;
+    fn fs_unmount(&self, share: Option<&str>, at: &str) -> Done {
+        let open = self.files(share)?.unmount(at).map_err(|e| e.to_api())?;
         log::debug!("{at:?} is out of the share; the guest holds {open} files of it open");
         DONE
+    }
+
+    fn files(&self, share: Option<&str>) -> Result<&FileServer, ApiError> {
+        self.vm().devices().files(share).ok_or_else(|| match share {
+            None => missing("file share"),
+            Some(tag) => {
+                let name = DeviceName::Fs(tag.to_owned());
+                ApiError::msg(ErrorCode::NotFound, format!("there is no {name}"))
+            }
+        })
     }
 
     /// The answer comes with the guest's, or when the time is up.
@@ -195,6 +228,13 @@ impl Monitor {
 
 fn invalid(text: String) -> ApiError {
     ApiError::msg(ErrorCode::InvalidArgument, text)
+}
+
+fn plug_timeout(timeout_ms: u32) -> Result<Duration, ApiError> {
+    match (1..=MAX_PLUG_MS).contains(&timeout_ms) {
+        true => Ok(Duration::from_millis(timeout_ms.into())),
+        false => Err(invalid(format!("timeout_ms is {timeout_ms}, must be 1 to {MAX_PLUG_MS}"))),
+    }
 }
 
 fn vcpu_target(wanted: Vcpus, possible: CpuSet) -> Result<Cpus, ApiError> {

@@ -123,6 +123,27 @@ pub enum Ask {
         /// What the device asks for.
         bytes: u64,
     },
+    /// There is a virtio-mmio device.
+    AddDevice {
+        /// Where.
+        place: DevicePlace,
+    },
+    /// Give the virtio-mmio device up.
+    RemoveDevice {
+        /// Where it was.
+        place: DevicePlace,
+    },
+}
+
+/// Where a virtio-mmio device is in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DevicePlace {
+    /// Address of its registers.
+    pub base: u64,
+    /// Bytes of them.
+    pub size: u64,
+    /// Interrupt: a pin of the IOAPIC.
+    pub irq: u32,
 }
 
 impl Ask {
@@ -132,6 +153,8 @@ impl Ask {
             Ask::Query => kind::QUERY,
             Ask::SetCpus(_) => kind::SET_CPUS,
             Ask::SetMemory { .. } => kind::SET_MEMORY,
+            Ask::AddDevice { .. } => kind::ADD_DEVICE,
+            Ask::RemoveDevice { .. } => kind::REMOVE_DEVICE,
         }
     }
 
@@ -142,6 +165,12 @@ impl Ask {
             Ask::SetCpus(set) => abi::Cpus { online: set.to_words().map(Into::into) }.as_bytes().to_vec(),
             Ask::SetMemory { base, bytes } => {
                 abi::Memory { base: (*base).into(), requested_bytes: (*bytes).into() }.as_bytes().to_vec()
+            }
+            Ask::AddDevice { place } | Ask::RemoveDevice { place } => {
+                let DevicePlace { base, size, irq } = *place;
+                let device =
+                    abi::Device { base: base.into(), size: size.into(), irq: irq.into(), reserved: 0.into() };
+                device.as_bytes().to_vec()
             }
         };
         // 0 would mean: take your time.

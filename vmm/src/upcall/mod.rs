@@ -2,12 +2,12 @@
 //! once with what was reached.
 //!
 //! ```text
-//! vm::resize ── Ask ──> channel ── frame ──> abi ── vsock ──> kernel-config/upcall (guest)
+//! vm::change ── Ask ──> channel ── frame ──> abi ── vsock ──> kernel-config/upcall (guest)
 //!            <─ Happened ──┘
 //! ```
 //!
 //! `kernel-config/upcall/README.md` is the protocol. Not here: what to ask, and what an answer, or none, means for the VM
-//! (`vm::resize`).
+//! (`vm::change`).
 
 pub mod abi;
 mod channel;
@@ -17,4 +17,4 @@ mod frame;
 mod tests;
 
 pub use channel::{Channel, Counters, Happened};
-pub use frame::{Ask, Hello, Violation, available, first_failure, online};
+pub use frame::{Ask, DevicePlace, Hello, Violation, available, first_failure, online};

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Vm;
-use super::resize::Resizer;
+use super::change::Changes;
 use crate::arch::x86_64::boot::{Initrd, load_initrd};
 use crate::arch::x86_64::cpuid::Answers;
 use crate::arch::x86_64::kernel::{self, Kernel, KernelError};
 use crate::arch::x86_64::{layout, msr, regs};
 use crate::bus::{Bus, Overlap};
 use crate::config::{ConfigError, ValidConfig};
-use crate::devices::{DeviceError, Devices, Host};
+use crate::devices::{DeviceError, Devices};
 use crate::event_loop::{EventLoop, Token};
 use crate::kvm::{self, Coming, KvmError, KvmVcpu, KvmVm, Shell};
 use crate::legacy::i8042::I8042;
@@ -94,31 +94,30 @@ pub fn build(
     let ends = Arc::new(Ends::new().map_err(host("make an event"))?);
     events.add(ends.event(), Token::GuestEnd).map_err(host("wait for the guest's end"))?;
     let ports = legacy_ports(&vm, &ends, config.serial.map(File::from))?;
-    let mut devices = Devices::new(events).map_err(host("make an event"))?;
-    let place = Host { kvm: &vm, events, ram: &ram };
+    let mut devices = Devices::new(events, &vm, &ram, &ends).map_err(host("make an event"))?;
     for disk in config.disks {
-        devices.add_disk(place, disk)?;
+        devices.add_disk(events, disk)?;
     }
     for net in config.nets {
-        devices.add_net(place, net)?;
+        devices.add_net(events, net)?;
     }
     if let Some(vsock) = &config.vsock {
-        devices.add_vsock(place, vsock)?;
+        devices.add_vsock(events, vsock)?;
     }
     if let Some(fs) = config.fs {
-        devices.add_fs(place, fs, &ends)?;
+        devices.add_fs(events, fs)?;
     }
     if let Some(console) = config.console {
-        devices.add_console(place, console)?;
+        devices.add_console(events, console)?;
     }
     if config.rng {
-        devices.add_rng(place)?;
+        devices.add_rng(events)?;
     }
     if config.balloon {
-        devices.add_balloon(place)?;
+        devices.add_balloon(events)?;
     }
     if let Some(hotplug) = ram.hotplug() {
-        devices.add_mem(place, hotplug)?;
+        devices.add_mem(events, hotplug)?;
     }
     kvm::register_kick_signal().map_err(host("register the vCPU kick signal"))?;
     Ok(Vm {
@@ -134,7 +133,8 @@ pub fn build(
         ports,
         ends,
         channel: Channel::new(),
-        resizer: Resizer::new(
+        pending: std::collections::BTreeMap::new(),
+        changes: Changes::new(
             CpuSet::first(config.vcpus),
             CpuSet::first(config.max_vcpus),
             config.memory_bytes,

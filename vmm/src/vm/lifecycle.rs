@@ -78,14 +78,6 @@ pub enum Denied {
         /// State.
         state: &'static str,
     },
-    /// A guest has to be told of new disks, and there is no way yet.
-    #[error(
-        "attach to a booted VM needs the upcall channel, which this guest has not opened; the VM is {state}"
-    )]
-    NoUpcall {
-        /// State.
-        state: &'static str,
-    },
     /// It is over.
     #[error("the VM has stopped")]
     Stopped,
@@ -99,6 +91,7 @@ pub fn name(op: &Op) -> &'static str {
         Op::Pause => "pause",
         Op::Resume => "resume",
         Op::Attach { .. } => "attach",
+        Op::Detach { .. } => "detach",
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",
@@ -130,13 +123,16 @@ pub fn permit(state: State, op: &Op) -> Result<Permit, Denied> {
         (Op::Pause | Op::Resume, Configured) => Err(not_running),
 
         (Op::Attach { .. }, Configured) => Ok(Permit::Go(Configured)),
-        (Op::Attach { .. }, Running | Paused) => Err(Denied::NoUpcall { state: state.name() }),
+        (Op::Attach { .. }, Running) => Ok(Permit::Go(Running)),
+        (Op::Attach { .. }, Paused) => Err(not_running),
 
         (Op::FsMount { .. } | Op::FsUnmount { .. }, Configured | Running | Paused) => Ok(Permit::Go(state)),
 
         // A paused guest cannot answer.
-        (Op::VsockConnect { .. } | Op::Resize { .. }, Running) => Ok(Permit::Go(Running)),
-        (Op::VsockConnect { .. } | Op::Resize { .. }, Configured | Paused) => Err(not_running),
+        (Op::VsockConnect { .. } | Op::Resize { .. } | Op::Detach { .. }, Running) => Ok(Permit::Go(Running)),
+        (Op::VsockConnect { .. } | Op::Resize { .. } | Op::Detach { .. }, Configured | Paused) => {
+            Err(not_running)
+        }
 
         (_, Created) => Err(not_configured),
     }
@@ -145,7 +141,7 @@ pub fn permit(state: State, op: &Op) -> Result<Permit, Denied> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vmm_api::{DiskConfig, FdIndex, FsCache};
+    use vmm_api::{DeviceName, DiskConfig, FdIndex, FsCache, NewDevice};
 
     use super::*;
 
@@ -160,9 +156,16 @@ mod tests {
             Op::Boot,
             Op::Pause,
             Op::Resume,
-            Op::Attach { disk },
-            Op::FsMount { at: "a".into(), dir: FdIndex(0), read_only: true, cache: FsCache::Shared },
-            Op::FsUnmount { at: "a".into() },
+            Op::Attach { device: NewDevice::Disk(disk), timeout_ms: 1 },
+            Op::Detach { device: DeviceName::Disk("a".into()), timeout_ms: 1 },
+            Op::FsMount {
+                share: None,
+                at: "a".into(),
+                dir: FdIndex(0),
+                read_only: true,
+                cache: FsCache::Shared,
+            },
+            Op::FsUnmount { share: None, at: "a".into() },
             Op::VsockConnect { port: 1, timeout_ms: 1 },
             Op::Resize { vcpus: None, memory_mib: Some(64), timeout_ms: 1 },
             Op::Stats,
@@ -173,7 +176,7 @@ mod tests {
     proptest! {
         /// Whatever an owner asks for, in whatever order: the VM is configured once, boots once, and is over once.
         #[test]
-        fn life_goes_one_way(asked in prop::collection::vec(0usize..11, 0..40)) {
+        fn life_goes_one_way(asked in prop::collection::vec(0usize..12, 0..40)) {
             let ops = ops();
             let (mut state, mut past) = (State::Created, vec![]);
             for op in asked.into_iter().map(|i| &ops[i]) {
@@ -213,6 +216,7 @@ mod tests {
         );
         assert_eq!(said(State::Running, "boot"), "the VM has been booted; it is running");
         assert_eq!(said(State::Stopped, "pause"), "the VM has stopped");
-        assert!(said(State::Running, "attach").contains("upcall"));
+        assert_eq!(said(State::Paused, "attach"), "attach needs a running VM; this one is paused");
+        assert_eq!(said(State::Configured, "detach"), "detach needs a running VM; this one is configured");
     }
 }

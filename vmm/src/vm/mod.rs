@@ -1,13 +1,16 @@
 //! One VM: memory, vCPUs, devices. Owned, and changed, by the main thread alone; the others reach devices through the
 //! buses.
 //!
-//! `builder` makes it, `lifecycle` says what is legal when, `resize` makes it larger and smaller, `monitor` asks for it.
+//! `builder` makes it, `lifecycle` says what is legal when, `change` makes it larger and smaller and has devices come and go,
+//! `monitor` asks for it.
 
 pub mod builder;
+pub mod change;
 pub mod lifecycle;
 mod parts;
-pub mod resize;
+pub mod plugs;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::arch::x86_64::boot::{self, Initrd};
@@ -15,8 +18,8 @@ use crate::arch::x86_64::cpuid::Answers;
 use crate::arch::x86_64::kernel::Kernel;
 use crate::arch::x86_64::{layout, mptable};
 use crate::bus::Bus;
-use crate::config::{ConfigError, Disk, cmdline_with_devices};
-use crate::devices::{Devices, Host};
+use crate::config::cmdline_with_devices;
+use crate::devices::Devices;
 use crate::event_loop::EventLoop;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::memory::GuestRam;
@@ -24,8 +27,8 @@ use crate::seccomp::{self, Role};
 use crate::upcall::Channel;
 use crate::vcpu::{Ends, Surroundings, Vcpus};
 use builder::VmError;
-use resize::Resizer;
-use vmm_api::config::MAX_DISKS;
+use change::Changes;
+use plugs::Pending;
 
 /// What the guest's command line says of plugged memory: three quarters of it hold only what can be moved, and so can be
 /// had back; a quarter is the kernel's, which needs the more of it the more there is. `docs/memory.md` has the figures.
@@ -34,7 +37,7 @@ const MEMORY_ONLINE_POLICY: &str = "memhp_default_state=online memory_hotplug.on
 /// A VM that has been configured.
 #[derive(Debug)]
 pub struct Vm {
-    /// Keeps the VM alive; doorbells and interrupts of new devices are registered with it.
+    /// Keeps the VM alive; vCPUs that come later are made of it.
     kvm: Arc<KvmVm>,
     ram: GuestRam,
     kernel: Kernel,
@@ -48,13 +51,16 @@ pub struct Vm {
     devices: Devices,
     ends: Arc<Ends>,
     channel: Channel,
-    resizer: Resizer,
+    changes: Changes,
+    /// Attaches and detaches that are not answered, by request.
+    pending: BTreeMap<u64, Pending>,
 }
 
 impl Vm {
-    /// Writes what the kernel finds in memory, and starts the vCPU threads, parked. From here on no device is added.
+    /// Writes what the kernel finds in memory, and starts the vCPU threads, parked. From here on devices are added in another
+    /// way.
     pub fn prepare(&mut self) -> Result<(), VmError> {
-        let (count, max) = (self.made.len(), self.resizer.possible().len());
+        let (count, max) = (self.made.len(), self.changes.possible().len());
         let mut words = Vec::new();
         if count < usize::from(max) {
             // The MP table lists all that can be, as a kernel cannot learn of more; those above wait to be onlined.
@@ -79,23 +85,12 @@ impl Vm {
         };
         let maker = builder::vcpu_maker(&self.kvm, &self.answers);
         self.vcpus = Vcpus::spawn(std::mem::take(&mut self.made), max, &maker, &around)?;
+        if self.devices.vsock().is_some() {
+            // The guest can be told of devices that come later.
+            self.devices.work_elsewhere().map_err(builder::host("start the thread that makes devices"))?;
+        }
         // Last, as new threads inherit the filter: there are none from here on.
         seccomp::confine(Role::Vmm).map_err(VmError::Confine)
-    }
-
-    /// Adds a disk to a VM that has not been prepared.
-    pub fn attach(&mut self, events: &EventLoop, disk: Disk) -> Result<(), VmError> {
-        let disks = self.devices.disks() as u64 + 1;
-        if disks > MAX_DISKS as u64 {
-            return Err(ConfigError::Range {
-                what: "number of disks",
-                value: disks,
-                min: 0,
-                max: MAX_DISKS as u64,
-            }
-            .into());
-        }
-        Ok(self.devices.add_disk(Host { kvm: &self.kvm, events, ram: &self.ram }, disk)?)
     }
 
     /// Lets the prepared vCPUs run.

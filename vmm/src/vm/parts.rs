@@ -1,20 +1,21 @@
-//! What a resize acts on: a VM's vCPUs, devices and upcall channel.
+//! What changes act on: a VM's vCPUs, devices and upcall channel.
 
 use std::time::{Duration, Instant};
 
 use vmm_api::{Size, Stats};
 
 use super::Vm;
-use super::resize::{Answer, Asked, Machine, MemoryState, Resizer, mib};
-use crate::devices::Devices;
+use super::change::{Answer, Asked, Changes, Gone, Machine, MemoryState, mib};
+use crate::devices::{DeviceKey, Devices};
 use crate::event_loop::{EventLoop, Token};
-use crate::upcall::{Ask, Channel, Happened};
+use crate::upcall::{Ask, Channel, DevicePlace, Happened};
 use crate::vcpu::{CpuSet, Vcpus};
 
-struct Parts<'a> {
+pub(super) struct Parts<'a> {
     vcpus: &'a mut Vcpus,
-    devices: &'a Devices,
+    devices: &'a mut Devices,
     channel: &'a mut Channel,
+    events: &'a EventLoop,
 }
 
 impl Machine for Parts<'_> {
@@ -52,19 +53,39 @@ impl Machine for Parts<'_> {
             self.devices.mem().ok_or("this VM was configured without memory to grow into")?;
         transport.device_mut().set_requested(bytes).map_err(|error| error.to_string())
     }
+
+    fn serves(&self, kind: u16) -> bool {
+        self.channel.hello().is_some_and(|hello| hello.knows(kind))
+    }
+
+    fn place(&self, device: DeviceKey) -> Option<DevicePlace> {
+        self.devices.place(device).map(|(_, place)| place)
+    }
+
+    fn driver_status(&self, device: DeviceKey) -> u32 {
+        self.devices.driver_status(device)
+    }
+
+    fn unplug(&mut self, device: DeviceKey) -> Option<Gone> {
+        self.devices.remove(self.events, device)
+    }
 }
 
 impl Vm {
-    /// Calls `work` with the resizes and what they act on.
-    fn with_resizer<T>(&mut self, work: impl FnOnce(&mut Resizer, &mut Parts<'_>) -> T) -> T {
-        let mut parts = Parts { vcpus: &mut self.vcpus, devices: &self.devices, channel: &mut self.channel };
-        work(&mut self.resizer, &mut parts)
+    /// Calls `work` with the changes and what they act on.
+    pub(super) fn with_changes<T>(
+        &mut self,
+        events: &EventLoop,
+        work: impl FnOnce(&mut Changes, &mut Parts<'_>) -> T,
+    ) -> T {
+        let Vm { vcpus, devices, channel, changes, .. } = self;
+        work(changes, &mut Parts { vcpus, devices, channel, events })
     }
 
     /// The guest dialled the upcall port.
     pub fn accept_upcall(&mut self, socket: std::os::fd::OwnedFd, guest_port: u32, events: &EventLoop) {
         // One that dials anew has hung up before, which may not have been looked at.
-        self.on_upcall();
+        self.on_upcall(events);
         let Some(fd) = self.channel.accept(socket, guest_port, Instant::now()) else { return };
         if let Err(error) = events.add(&fd, Token::Upcall) {
             log::error!("wait for the upcall channel: {error}");
@@ -73,7 +94,7 @@ impl Vm {
     }
 
     /// The guest has sent something over the upcall channel, or closed it.
-    pub fn on_upcall(&mut self) {
+    pub fn on_upcall(&mut self, events: &EventLoop) {
         let now = Instant::now();
         for what in self.channel.on_ready() {
             match &what {
@@ -86,41 +107,41 @@ impl Vm {
                 Happened::Lost(why) => log::warn!("upcall channel lost: {why}"),
                 Happened::Replied { .. } => {}
             }
-            self.with_resizer(|resizer, parts| resizer.happened(what, parts, now));
+            self.with_changes(events, |changes, parts| changes.happened(what, parts, now));
         }
     }
 
     /// Begins a resize, or has it wait.
-    pub fn resize(&mut self, asked: Asked) {
-        self.with_resizer(|resizer, parts| resizer.request(asked, parts));
+    pub fn resize(&mut self, events: &EventLoop, asked: Asked) {
+        self.with_changes(events, |changes, parts| changes.request(asked, parts));
     }
 
     /// Ends what has taken too long.
-    pub fn expire_resizes(&mut self, now: Instant) {
+    pub fn expire_changes(&mut self, events: &EventLoop, now: Instant) {
         self.channel.expire(now);
-        if self.resizer.next_timeout(now) == Some(Duration::ZERO) {
-            self.with_resizer(|resizer, parts| resizer.expire(parts, now));
+        if self.changes.next_timeout(now) == Some(Duration::ZERO) {
+            self.with_changes(events, |changes, parts| changes.expire(parts, now));
         }
     }
 
-    /// How long until [`Vm::expire_resizes`] has something to do.
-    pub fn next_resize_timeout(&self, now: Instant) -> Option<Duration> {
-        [self.channel.next_timeout(now), self.resizer.next_timeout(now)].into_iter().flatten().min()
+    /// How long until [`Vm::expire_changes`] has something to do.
+    pub fn next_change_timeout(&self, now: Instant) -> Option<Duration> {
+        [self.channel.next_timeout(now), self.changes.next_timeout(now)].into_iter().flatten().min()
     }
 
-    /// Answers since the last call.
+    /// Answers of resizes since the last call.
     pub fn take_resize_answers(&mut self) -> Vec<Answer> {
-        self.resizer.take_answers()
+        self.changes.take_answers()
     }
 
-    /// Who waits for the end of a resize, now that the VM ends.
-    pub fn end_resizes(&mut self) -> Vec<u64> {
-        self.resizer.end_all()
+    /// Who waits for the end of a change, now that the VM ends.
+    pub fn end_changes(&mut self) -> Vec<u64> {
+        self.changes.end_all()
     }
 
     /// vCPUs it can have.
     pub fn possible_vcpus(&self) -> CpuSet {
-        self.resizer.possible()
+        self.changes.possible()
     }
 
     /// Memory at boot and at most, in MiB.
@@ -138,15 +159,15 @@ impl Vm {
         let (asked, plugged) =
             memory.map_or((0, 0), |mem| (mem.device().requested(), mem.device().plugged()));
         stats.size = Some(Size {
-            vcpus_asked: u8::try_from(self.resizer.vcpus_asked()).unwrap_or(u8::MAX),
-            vcpus: self.resizer.online().map(CpuSet::len),
-            vcpus_max: self.resizer.possible().len(),
+            vcpus_asked: u8::try_from(self.changes.vcpus_asked()).unwrap_or(u8::MAX),
+            vcpus: self.changes.online().map(CpuSet::len),
+            vcpus_max: self.changes.possible().len(),
             memory_asked_mib: mib(boot + asked),
             memory_mib: mib(boot + plugged),
             memory_max_mib: max,
             upcall: self.channel.hello().is_some(),
         });
-        stats.resizes = self.resizer.counters().list();
+        stats.resizes = self.changes.counters().list();
         let channel = self.channel.counters();
         let counters = [
             ("upcall_opened", channel.opened),
@@ -157,5 +178,15 @@ impl Vm {
             ("upcall_violations", channel.violations),
         ];
         stats.resizes.extend(counters.map(|(name, value)| (name.to_owned(), value)));
+        let plugs = self.changes.plug_counters();
+        let counters = [
+            ("attached", plugs.attached),
+            ("detached", plugs.detached),
+            ("refused", plugs.refused),
+            ("timed_out", plugs.timed_out),
+            ("reset", plugs.reset),
+            ("parked", self.changes.parked() as u64),
+        ];
+        stats.plugs = counters.map(|(name, value)| (name.to_owned(), value)).into();
     }
 }

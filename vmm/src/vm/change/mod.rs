@@ -1,4 +1,5 @@
-//! Resizes: one transaction at a time, which always ends.
+//! Changes of a running VM, over the upcall channel: resizes, and devices that come and go. One transaction at a time, which
+//! always ends.
 //!
 //! ```text
 //!  request ──> wait for the channel ──> ask what is unknown ──> memory, vCPUs, one after the other ──> answer
@@ -10,10 +11,13 @@
 //! after it said that it is rid of them: no answer means that nobody stops. What the guest has online is then unknown,
 //! until it is asked again, or dials again, which says it too. Memory is never unknown: the device counts it.
 //!
-//! A waiting request is replaced by a later one, as the later one says what its owner wants now. Not here: who may ask when
-//! (`lifecycle`), how vCPUs come and go (`vcpu`), how a question becomes bytes (`upcall`).
+//! Requests wait for their turn in the order in which they came; a resize that waits is replaced by a later one, as the later
+//! one says what its owner wants now. Not here: who may ask when (`lifecycle`), how vCPUs and devices come and go (`vcpu`,
+//! `devices`), how a question becomes bytes (`upcall`).
 
-mod resizer;
+mod changes;
+mod plug;
+mod resize;
 mod stats;
 mod transaction;
 
@@ -24,11 +28,13 @@ use std::time::{Duration, Instant};
 
 use vmm_api::Resized;
 
-use crate::upcall::Ask;
+use crate::devices::DeviceKey;
+use crate::upcall::{Ask, DevicePlace};
 pub use crate::vcpu::CpuSet;
-pub use resizer::Resizer;
+pub use changes::Changes;
+pub use plug::{Crowded, Left, Plug, PlugAsked, PlugCounters, Plugged, Why};
 
-/// What a resize acts on.
+/// What changes act on.
 pub trait Machine {
     /// Whether the guest's kernel has opened the channel.
     fn is_open(&self) -> bool;
@@ -44,6 +50,21 @@ pub trait Machine {
     fn hang_up(&mut self);
     /// Has the memory device ask for so many bytes besides those of the boot.
     fn request_memory(&mut self, bytes: u64) -> Result<(), String>;
+    /// Whether the guest's kernel said that it serves requests of this type.
+    fn serves(&self, kind: u16) -> bool;
+    /// Where this device is; `None` if it is gone.
+    fn place(&self, device: DeviceKey) -> Option<DevicePlace>;
+    /// Its status register (virtio 1.2, 2.1); 0 if it is gone.
+    fn driver_status(&self, device: DeviceKey) -> u32;
+    /// Takes it out of the VM, which the guest does not use it in; `None` if it is gone already.
+    fn unplug(&mut self, device: DeviceKey) -> Option<Gone>;
+}
+
+/// A device was taken out.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Gone {
+    /// What the guest wrote to it may be lost, as the host could not make it durable.
+    pub lost: Option<String>,
 }
 
 /// Memory besides that of the boot, in bytes.

@@ -1,6 +1,8 @@
 //! Resizes of a VM whose guest answers, or does not.
 
-use std::collections::{BTreeSet, VecDeque};
+mod plugs;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
 use vmm_api::{Ending, Reached};
@@ -31,6 +33,20 @@ struct Fake {
     looks: bool,
     /// Memory it can do without.
     available: u64,
+    /// What is on the bus.
+    devices: BTreeMap<DeviceKey, FakeDevice>,
+    /// Its answer to ADD_DEVICE and REMOVE_DEVICE, if it is an error.
+    plug_errno: u32,
+    /// What its drivers write to the status register of a device that comes.
+    driver: u32,
+    serves_devices: bool,
+}
+
+/// A device, and whether the guest has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct FakeDevice {
+    in_guest: bool,
+    status: u32,
 }
 
 impl Fake {
@@ -46,7 +62,26 @@ impl Fake {
             no_threads: false,
             looks: true,
             available: 1 << 40,
+            devices: BTreeMap::new(),
+            plug_errno: 0,
+            driver: 15,
+            serves_devices: true,
         }
+    }
+
+    /// The device whose registers are there.
+    fn device_at(&mut self, place: DevicePlace) -> Option<&mut FakeDevice> {
+        self.devices.get_mut(&DeviceKey(place.base >> 12))
+    }
+
+    fn plug(&mut self, place: DevicePlace, comes: bool) -> u32 {
+        let (errno, driver) = (self.plug_errno, self.driver);
+        // A guest that is asked for a device that is not on the bus finds none.
+        let Some(device) = self.device_at(place) else { return if comes { 19 } else { 0 } };
+        if errno == 0 {
+            *device = FakeDevice { in_guest: comes, status: if comes { driver } else { 0 } };
+        }
+        errno
     }
 
     /// The guest does the oldest thing it was asked, as far as `limit` items, and says so.
@@ -55,6 +90,8 @@ impl Fake {
         let (status, body) = match ask {
             Ask::Query => (0, self.view()),
             Ask::SetCpus(wanted) => self.set_cpus(wanted, limit),
+            Ask::AddDevice { place } => (self.plug(place, true), vec![]),
+            Ask::RemoveDevice { place } => (self.plug(place, false), vec![]),
             Ask::SetMemory { .. } if !self.looks => (0, self.view()),
             Ask::SetMemory { .. } => {
                 self.memory.seen = true;
@@ -156,10 +193,28 @@ impl Machine for Fake {
         self.memory.requested = bytes;
         Ok(())
     }
+
+    fn serves(&self, kind: u16) -> bool {
+        self.open && (self.serves_devices || kind < kind::ADD_DEVICE)
+    }
+
+    fn place(&self, device: DeviceKey) -> Option<DevicePlace> {
+        self.devices.contains_key(&device).then_some(DevicePlace { base: device.0 << 12, size: 4096, irq: 5 })
+    }
+
+    fn driver_status(&self, device: DeviceKey) -> u32 {
+        self.devices.get(&device).map_or(0, |device| device.status)
+    }
+
+    fn unplug(&mut self, device: DeviceKey) -> Option<Gone> {
+        let gone = self.devices.remove(&device)?;
+        assert!(!gone.in_guest, "the guest still has {device:?}");
+        Some(Gone::default())
+    }
 }
 
-fn resizer() -> Resizer {
-    Resizer::new(CpuSet::first(1), CpuSet::first(8), BOOT)
+fn changes() -> Changes {
+    Changes::new(CpuSet::first(1), CpuSet::first(8), BOOT)
 }
 
 fn asked(id: u64, vcpus: Option<Cpus>, memory: Option<u64>, at: Instant) -> Asked {
@@ -170,162 +225,162 @@ fn count(id: u64, vcpus: u8, at: Instant) -> Asked {
     asked(id, Some(Cpus::Count(vcpus)), None, at)
 }
 
-fn vcpus(resizer: &mut Resizer) -> (Ending, Option<u32>, String) {
-    let [answer] = resizer.take_answers().try_into().expect("one answer");
+fn vcpus(changes: &mut Changes) -> (Ending, Option<u32>, String) {
+    let [answer] = changes.take_answers().try_into().expect("one answer");
     let reached = answer.resized.vcpus.expect("vCPUs were asked for").reached;
     (answer.resized.ending, reached, answer.resized.detail)
 }
 
 /// Has the guest answer all it is asked.
-fn settle(resizer: &mut Resizer, fake: &mut Fake, now: Instant) {
+fn settle(changes: &mut Changes, fake: &mut Fake, now: Instant) {
     while let Some(reply) = fake.work(usize::MAX) {
-        resizer.happened(reply, fake, now);
+        changes.happened(reply, fake, now);
     }
 }
 
 #[test]
 fn vcpus_come_and_go_and_their_threads_with_them() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
-    resizer.request(count(1, 4, now), &mut fake);
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
+    changes.request(count(1, 4, now), &mut fake);
     assert_eq!(fake.started, CpuSet::first(4), "threads are there before the guest is asked");
     assert_eq!(fake.online, CpuSet::first(1));
-    settle(&mut resizer, &mut fake, now);
-    assert_eq!(vcpus(&mut resizer), (Ending::Done, Some(4), String::new()));
+    settle(&mut changes, &mut fake, now);
+    assert_eq!(vcpus(&mut changes), (Ending::Done, Some(4), String::new()));
     let these: CpuSet = [0, 2].into_iter().collect();
-    resizer.request(asked(2, Some(Cpus::These(these)), None, now), &mut fake);
+    changes.request(asked(2, Some(Cpus::These(these)), None, now), &mut fake);
     assert_eq!(fake.started, CpuSet::first(4), "threads stay until the guest is rid of them");
-    settle(&mut resizer, &mut fake, now);
-    assert_eq!(vcpus(&mut resizer).0, Ending::Done);
+    settle(&mut changes, &mut fake, now);
+    assert_eq!(vcpus(&mut changes).0, Ending::Done);
     assert_eq!((fake.online, fake.started), (these, these));
 }
 
 /// Defect 1 of the field: a failed resize must not be in the way of the next. Defect 3: which CPU failed, and why.
 #[test]
 fn a_refused_vcpu_is_named_and_the_next_resize_works() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     fake.refuses = [2].into_iter().collect();
-    resizer.request(count(1, 4, now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
-    let (ending, reached, detail) = vcpus(&mut resizer);
+    changes.request(count(1, 4, now), &mut fake);
+    settle(&mut changes, &mut fake, now);
+    let (ending, reached, detail) = vcpus(&mut changes);
     assert_eq!((ending, reached), (Ending::Partial, Some(3)));
     assert!(detail.starts_with("CPU 2: Device or resource busy"), "{detail}");
     assert!(!fake.started.has(2), "what did not come does not stay behind");
     fake.refuses = CpuSet::default();
-    resizer.request(count(2, 4, now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
-    assert_eq!(vcpus(&mut resizer), (Ending::Done, Some(4), String::new()));
+    changes.request(count(2, 4, now), &mut fake);
+    settle(&mut changes, &mut fake, now);
+    assert_eq!(vcpus(&mut changes), (Ending::Done, Some(4), String::new()));
 }
 
 /// Defect 2: a reset during a resize is not a success, and nobody stops a vCPU that the guest may use.
 #[test]
 fn a_reset_is_a_reset_and_what_follows_is_asked_for() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
-    resizer.request(count(1, 4, now), &mut fake);
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
+    changes.request(count(1, 4, now), &mut fake);
     // The guest has done it, but its answer is lost.
     fake.work(usize::MAX).unwrap();
     fake.open = false;
-    resizer.happened(Happened::Lost("the guest hung up".into()), &mut fake, now);
-    assert_eq!(vcpus(&mut resizer), (Ending::Reset, None, "the guest hung up".into()));
-    assert_eq!((resizer.online(), fake.started), (None, CpuSet::first(4)));
+    changes.happened(Happened::Lost("the guest hung up".into()), &mut fake, now);
+    assert_eq!(vcpus(&mut changes), (Ending::Reset, None, "the guest hung up".into()));
+    assert_eq!((changes.online(), fake.started), (None, CpuSet::first(4)));
     fake.open = true;
-    resizer.happened(fake.hello(), &mut fake, now);
-    assert_eq!(resizer.online(), Some(CpuSet::first(4)));
-    resizer.request(count(2, 2, now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
-    assert_eq!(vcpus(&mut resizer).0, Ending::Done);
+    changes.happened(fake.hello(), &mut fake, now);
+    assert_eq!(changes.online(), Some(CpuSet::first(4)));
+    changes.request(count(2, 2, now), &mut fake);
+    settle(&mut changes, &mut fake, now);
+    assert_eq!(vcpus(&mut changes).0, Ending::Done);
     assert_eq!(fake.started, CpuSet::first(2));
 }
 
 #[test]
 fn a_guest_that_does_not_answer_is_asked_how_it_is_before_the_next_resize() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
-    resizer.request(count(1, 4, now), &mut fake);
-    assert_eq!(resizer.next_timeout(now), Some(2 * SECOND));
-    resizer.expire(&mut fake, now + SECOND);
-    assert!(resizer.take_answers().is_empty(), "the guest has its grace");
-    resizer.expire(&mut fake, now + 2 * SECOND);
-    assert_eq!(vcpus(&mut resizer), (Ending::TimedOut, None, String::new()));
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
+    changes.request(count(1, 4, now), &mut fake);
+    assert_eq!(changes.next_timeout(now), Some(2 * SECOND));
+    changes.expire(&mut fake, now + SECOND);
+    assert!(changes.take_answers().is_empty(), "the guest has its grace");
+    changes.expire(&mut fake, now + 2 * SECOND);
+    assert_eq!(vcpus(&mut changes), (Ending::TimedOut, None, String::new()));
     assert_eq!(fake.started, CpuSet::first(4));
-    resizer.request(count(2, 1, now + 2 * SECOND), &mut fake);
+    changes.request(count(2, 1, now + 2 * SECOND), &mut fake);
     let late = fake.work(usize::MAX).unwrap();
-    resizer.happened(late, &mut fake, now + 2 * SECOND);
-    assert!(resizer.take_answers().is_empty(), "a late answer answers nothing");
-    settle(&mut resizer, &mut fake, now + 2 * SECOND);
-    assert_eq!(vcpus(&mut resizer), (Ending::Done, Some(1), String::new()));
+    changes.happened(late, &mut fake, now + 2 * SECOND);
+    assert!(changes.take_answers().is_empty(), "a late answer answers nothing");
+    settle(&mut changes, &mut fake, now + 2 * SECOND);
+    assert_eq!(vcpus(&mut changes), (Ending::Done, Some(1), String::new()));
 }
 
 #[test]
 fn one_waits_and_a_later_one_takes_its_place() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     for (id, vcpus) in [(1, 2), (2, 3), (3, 4)] {
-        resizer.request(count(id, vcpus, now), &mut fake);
+        changes.request(count(id, vcpus, now), &mut fake);
     }
-    assert_eq!(vcpus(&mut resizer), (Ending::Replaced, None, String::new()));
-    settle(&mut resizer, &mut fake, now);
-    let ids: Vec<_> = resizer.take_answers().into_iter().map(|a| (a.id, a.resized.ending)).collect();
+    assert_eq!(vcpus(&mut changes), (Ending::Replaced, None, String::new()));
+    settle(&mut changes, &mut fake, now);
+    let ids: Vec<_> = changes.take_answers().into_iter().map(|a| (a.id, a.resized.ending)).collect();
     assert_eq!(ids, [(1, Ending::Done), (3, Ending::Done)]);
     assert_eq!(fake.online, CpuSet::first(4));
 }
 
 #[test]
 fn a_guest_that_boots_has_until_the_deadline() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     fake.open = false;
-    resizer.request(count(1, 2, now), &mut fake);
-    resizer.request(count(2, 3, now + SECOND / 2), &mut fake);
-    resizer.expire(&mut fake, now + SECOND);
-    let (ending, reached, detail) = vcpus(&mut resizer);
+    changes.request(count(1, 2, now), &mut fake);
+    changes.request(count(2, 3, now + SECOND / 2), &mut fake);
+    changes.expire(&mut fake, now + SECOND);
+    let (ending, reached, detail) = vcpus(&mut changes);
     assert_eq!((ending, reached), (Ending::TimedOut, None));
     assert!(detail.contains("not opened the upcall channel"), "{detail}");
     fake.open = true;
-    resizer.happened(fake.hello(), &mut fake, now + SECOND);
-    settle(&mut resizer, &mut fake, now + SECOND);
-    assert_eq!(vcpus(&mut resizer), (Ending::Done, Some(3), String::new()));
+    changes.happened(fake.hello(), &mut fake, now + SECOND);
+    settle(&mut changes, &mut fake, now + SECOND);
+    assert_eq!(vcpus(&mut changes), (Ending::Done, Some(3), String::new()));
 }
 
 /// Defects 5 and 6: growing twice asks for the total, and the answer says what came of it.
 #[test]
 fn memory_grows_twice_and_shrinks_as_far_as_it_can() {
-    let (mut resizer, mut fake, mut now) = (resizer(), Fake::new(), Instant::now());
-    let memory = |resizer: &mut Resizer| {
-        let [answer] = resizer.take_answers().try_into().expect("one answer");
+    let (mut changes, mut fake, mut now) = (changes(), Fake::new(), Instant::now());
+    let memory = |changes: &mut Changes| {
+        let [answer] = changes.take_answers().try_into().expect("one answer");
         (answer.resized.ending, answer.resized.memory_mib.unwrap())
     };
     for (id, mib) in [(1, 512), (2, 1024)] {
-        resizer.request(asked(id, None, Some(mib * MIB), now), &mut fake);
-        settle(&mut resizer, &mut fake, now);
+        changes.request(asked(id, None, Some(mib * MIB), now), &mut fake);
+        settle(&mut changes, &mut fake, now);
         let total = u32::try_from(mib).unwrap() + 256;
-        assert_eq!(memory(&mut resizer), (Ending::Done, Reached { asked: total, reached: Some(total) }));
+        assert_eq!(memory(&mut changes), (Ending::Done, Reached { asked: total, reached: Some(total) }));
     }
-    resizer.request(asked(3, None, Some(0), now), &mut fake);
+    changes.request(asked(3, None, Some(0), now), &mut fake);
     // All that can be had is 256 MiB, however often it is asked again.
     for limit in [9, 0, 2].into_iter().chain([0; 20]) {
         if let Some(reply) = fake.work(limit) {
-            resizer.happened(reply, &mut fake, now);
+            changes.happened(reply, &mut fake, now);
         }
-        now += resizer.next_timeout(now).unwrap_or_default().min(LONGEST);
-        resizer.expire(&mut fake, now);
+        now += changes.next_timeout(now).unwrap_or_default().min(LONGEST);
+        changes.expire(&mut fake, now);
     }
-    assert_eq!(memory(&mut resizer), (Ending::Partial, Reached { asked: 256, reached: Some(1024) }));
+    assert_eq!(memory(&mut changes), (Ending::Partial, Reached { asked: 256, reached: Some(1024) }));
     assert_eq!(fake.memory.requested, 768 * MIB, "nothing goes on behind the owner's back");
 }
 
 /// Linux gives its last free page if it is asked for it, and dies.
 #[test]
 fn a_guest_is_not_asked_for_what_it_uses() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     fake.memory = MemoryState { requested: 1024 * MIB, plugged: 1024 * MIB, ..fake.memory };
     fake.available = 117 * MIB;
-    resizer.request(asked(1, None, Some(0), now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
-    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    changes.request(asked(1, None, Some(0), now), &mut fake);
+    settle(&mut changes, &mut fake, now);
+    let [answer] = changes.take_answers().try_into().expect("one answer");
     let reached = Reached { asked: 256, reached: Some(256 + 1024 - 100) };
     assert_eq!((answer.resized.ending, answer.resized.memory_mib), (Ending::Partial, Some(reached)));
     assert!(answer.resized.detail.contains("100 MiB"), "{}", answer.resized.detail);
     fake.available = 16 * MIB;
-    resizer.request(asked(2, None, Some(0), now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
-    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    changes.request(asked(2, None, Some(0), now), &mut fake);
+    settle(&mut changes, &mut fake, now);
+    let [answer] = changes.take_answers().try_into().expect("one answer");
     assert_eq!(answer.resized.ending, Ending::Refused);
     assert_eq!(fake.memory.plugged, 924 * MIB);
 }
@@ -333,55 +388,55 @@ fn a_guest_is_not_asked_for_what_it_uses() {
 /// The request overtakes the device's interrupt: its answer says nothing, and it is asked again.
 #[test]
 fn memory_is_asked_for_until_its_driver_has_looked() {
-    let (mut resizer, mut fake, mut now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, mut now) = (changes(), Fake::new(), Instant::now());
     fake.looks = false;
-    resizer.request(asked(1, None, Some(256 * MIB), now), &mut fake);
-    settle(&mut resizer, &mut fake, now);
+    changes.request(asked(1, None, Some(256 * MIB), now), &mut fake);
+    settle(&mut changes, &mut fake, now);
     for round in 0..12 {
-        let pause = resizer.next_timeout(now).unwrap();
+        let pause = changes.next_timeout(now).unwrap();
         assert!(pause <= LONGEST, "round {round}: {pause:?}");
         assert!(fake.inbox.is_empty(), "not before it is over");
         now += pause;
-        resizer.expire(&mut fake, now);
+        changes.expire(&mut fake, now);
         fake.looks = round == 11;
-        settle(&mut resizer, &mut fake, now);
+        settle(&mut changes, &mut fake, now);
     }
     // Either way it has an end.
-    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    let [answer] = changes.take_answers().try_into().expect("one answer");
     assert_eq!(answer.resized.ending, Ending::Done);
     fake.looks = false;
-    resizer.request(asked(2, None, Some(0), now), &mut fake);
-    while let Some(pause) = resizer.next_timeout(now) {
-        settle(&mut resizer, &mut fake, now);
+    changes.request(asked(2, None, Some(0), now), &mut fake);
+    while let Some(pause) = changes.next_timeout(now) {
+        settle(&mut changes, &mut fake, now);
         now += pause;
-        resizer.expire(&mut fake, now);
+        changes.expire(&mut fake, now);
     }
-    let [answer] = resizer.take_answers().try_into().expect("one answer");
+    let [answer] = changes.take_answers().try_into().expect("one answer");
     assert_eq!(answer.resized.ending, Ending::Refused);
     assert!(answer.resized.detail.contains("memory driver"), "{}", answer.resized.detail);
 }
 
 #[test]
 fn a_host_without_threads_asks_nothing_of_the_guest() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     fake.no_threads = true;
-    resizer.request(count(1, 2, now), &mut fake);
-    assert_eq!(vcpus(&mut resizer), (Ending::Refused, Some(1), "make vCPU 1: no".into()));
+    changes.request(count(1, 2, now), &mut fake);
+    assert_eq!(vcpus(&mut changes), (Ending::Refused, Some(1), "make vCPU 1: no".into()));
     assert!(fake.inbox.is_empty());
 }
 
 #[test]
 fn memory_grows_first_and_shrinks_last() {
-    let (mut resizer, mut fake, now) = (resizer(), Fake::new(), Instant::now());
+    let (mut changes, mut fake, now) = (changes(), Fake::new(), Instant::now());
     let mut kinds = |id, cpus, bytes| {
-        resizer.request(asked(id, Some(Cpus::Count(cpus)), Some(bytes), now), &mut fake);
+        changes.request(asked(id, Some(Cpus::Count(cpus)), Some(bytes), now), &mut fake);
         let mut kinds = vec![];
         while let Some((_, ask)) = fake.inbox.front() {
             kinds.push(ask.kind());
             let reply = fake.work(usize::MAX).unwrap();
-            resizer.happened(reply, &mut fake, now);
+            changes.happened(reply, &mut fake, now);
         }
-        assert_eq!(resizer.take_answers().len(), 1);
+        assert_eq!(changes.take_answers().len(), 1);
         kinds
     };
     assert_eq!(kinds(1, 4, 512 * MIB), [kind::SET_MEMORY, kind::SET_CPUS]);
@@ -417,7 +472,7 @@ proptest! {
     /// is known of the guest is true.
     #[test]
     fn every_resize_ends_once(events in prop::collection::vec(event(), 0..60)) {
-        let (mut resizer, mut fake, mut now) = (resizer(), Fake::new(), Instant::now());
+        let (mut changes, mut fake, mut now) = (changes(), Fake::new(), Instant::now());
         let (mut id, mut open) = (0, BTreeSet::new());
         let quiet = [Event::Wait(400_000), Event::Dial, Event::Wait(0)];
         for event in events.into_iter().chain(quiet) {
@@ -425,37 +480,37 @@ proptest! {
                 Event::Ask { vcpus, memory } => {
                     id += 1;
                     open.insert(id);
-                    resizer.request(asked(id, vcpus.map(Cpus::Count), memory, now), &mut fake);
+                    changes.request(asked(id, vcpus.map(Cpus::Count), memory, now), &mut fake);
                 }
                 Event::Guest { limit, answers } => {
                     let reply = fake.work(limit);
                     if let Some(reply) = reply.filter(|_| answers) {
-                        resizer.happened(reply, &mut fake, now);
+                        changes.happened(reply, &mut fake, now);
                     }
                 }
                 Event::GuestRefuses(cpu) => fake.refuses = [cpu].into_iter().collect(),
                 Event::Lose if fake.open => {
                     fake.open = false;
                     fake.inbox.clear();
-                    resizer.happened(Happened::Lost("gone".into()), &mut fake, now);
+                    changes.happened(Happened::Lost("gone".into()), &mut fake, now);
                 }
                 Event::Dial if !fake.open => {
                     fake.open = true;
-                    resizer.happened(fake.hello(), &mut fake, now);
+                    changes.happened(fake.hello(), &mut fake, now);
                 }
                 Event::Lose | Event::Dial => {}
                 Event::Wait(ms) => {
                     now += Duration::from_millis(ms);
                     // Twice, as what ends makes room for what waits.
-                    resizer.expire(&mut fake, now);
-                    resizer.expire(&mut fake, now);
+                    changes.expire(&mut fake, now);
+                    changes.expire(&mut fake, now);
                 }
             }
-            for answer in resizer.take_answers() {
+            for answer in changes.take_answers() {
                 prop_assert!(open.remove(&answer.id), "{} was answered twice", answer.id);
             }
             prop_assert!(fake.online.without(fake.started).is_empty());
-            if resizer.next_timeout(now).is_none() && let Some(online) = resizer.online() {
+            if changes.next_timeout(now).is_none() && let Some(online) = changes.online() {
                 prop_assert_eq!(online, fake.online);
             }
         }

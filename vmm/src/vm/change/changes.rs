@@ -1,32 +1,34 @@
 //! The state machine. See the module's head.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use vmm_api::{Ending, Reached, Resized};
 
+use super::plug::{Current, Parked, PlugAsked, PlugCounters, Plugged, Why};
 use super::stats::Counters;
 use super::transaction::{Step, Transaction};
-use super::{Answer, Asked, Cpus, Machine, MemoryState, mib};
+use super::{Answer, Asked, Machine, mib};
+use crate::devices::DeviceKey;
 use crate::upcall::abi::kind::SET_CPUS;
 use crate::upcall::{self, Ask, Happened};
 use crate::vcpu::CpuSet;
-use virtio::memory::BLOCK;
 
 /// How much longer than the guest's own deadline its answer may take.
-const GRACE: Duration = Duration::from_secs(1);
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 /// A question that changes nothing is answered at once, or never.
-const QUERY: Duration = Duration::from_secs(5);
+pub(super) const QUERY: Duration = Duration::from_secs(5);
 /// First and longest pause before the guest is asked again to do what the memory device wants.
-const PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 /// How often it is asked again without getting any further. Linux tries again by itself, but only after 50 seconds.
-const NUDGES: u8 = 6;
+pub(super) const NUDGES: u8 = 6;
 /// What a guest that shrinks keeps of its available memory. Linux offlines its last free page if it is asked to, and dies.
-const RESERVE: u64 = 16 << 20;
+pub(super) const RESERVE: u64 = 16 << 20;
 
 /// What the guest has been asked, and has not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Open {
+pub(super) enum Open {
     Query,
     Cpus {
         before: CpuSet,
@@ -45,47 +47,86 @@ enum Open {
     Pause {
         memory: Memory,
     },
+    /// ADD_DEVICE.
+    Add {
+        device: DeviceKey,
+    },
+    /// Nothing: its driver is waited for.
+    Driver {
+        device: DeviceKey,
+    },
+    /// REMOVE_DEVICE, as was requested.
+    Remove {
+        device: DeviceKey,
+    },
+    /// REMOVE_DEVICE of one that is parked.
+    TakeBack {
+        device: DeviceKey,
+    },
 }
 
 /// A change of memory under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Memory {
-    before: u64,
+pub(super) struct Memory {
+    pub before: u64,
     /// What the guest had when it was asked last.
-    last: u64,
-    nudges: u8,
-    pause: Duration,
+    pub last: u64,
+    pub nudges: u8,
+    pub pause: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Question {
-    seq: u64,
-    open: Open,
-    until: Instant,
+pub(super) struct Question {
+    pub seq: u64,
+    pub open: Open,
+    pub until: Instant,
 }
 
-/// Resizes of one VM.
+/// A request that waits for its turn.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Waiting {
+    Resize(Asked),
+    Plug(PlugAsked),
+}
+
+impl Waiting {
+    fn deadline(&self) -> Instant {
+        match self {
+            Waiting::Resize(asked) => asked.deadline(),
+            Waiting::Plug(asked) => asked.deadline(),
+        }
+    }
+}
+
+/// Changes of one VM.
 #[derive(Debug)]
-pub struct Resizer {
+pub struct Changes {
     /// vCPUs that can be.
-    possible: CpuSet,
+    pub(super) possible: CpuSet,
     boot_memory: u64,
     /// What the guest has online; `None`: it has not said.
-    online: Option<CpuSet>,
+    pub(super) online: Option<CpuSet>,
     /// vCPUs whose threads run: at least those the guest has online.
-    started: CpuSet,
+    pub(super) started: CpuSet,
     vcpus_asked: u32,
-    current: Option<Transaction>,
-    waiting: Option<Asked>,
-    question: Option<Question>,
+    /// The resize under way; there is no plug, then.
+    pub(super) current: Option<Transaction>,
+    /// The plug under way; there is no resize, then.
+    pub(super) plug: Option<Current>,
+    /// In the order in which they came, one resize among them at most.
+    pub(super) waiting: VecDeque<Waiting>,
+    pub(super) question: Option<Question>,
     answers: Vec<Answer>,
+    pub(super) plugged: Vec<Plugged>,
+    pub(super) parked: BTreeMap<DeviceKey, Parked>,
     counters: Counters,
+    pub(super) plug_counters: PlugCounters,
 }
 
-impl Resizer {
+impl Changes {
     /// A VM that boots with `boot` of the vCPUs `possible`, and `boot_memory` bytes.
     pub fn new(boot: CpuSet, possible: CpuSet, boot_memory: u64) -> Self {
-        Resizer {
+        Changes {
             possible,
             boot_memory,
             // Those that it is told to use; its hello says what came of it.
@@ -93,31 +134,57 @@ impl Resizer {
             started: boot,
             vcpus_asked: boot.len().into(),
             current: None,
-            waiting: None,
+            plug: None,
+            waiting: VecDeque::new(),
             question: None,
             answers: Vec::new(),
+            plugged: Vec::new(),
+            parked: BTreeMap::new(),
             counters: Counters::default(),
+            plug_counters: PlugCounters::default(),
         }
     }
 
     /// Begins, or has wait, what is asked.
     pub fn request(&mut self, asked: Asked, machine: &mut impl Machine) {
-        match self.current {
-            None => {
-                self.begin(asked);
-                self.advance(machine, asked.at);
+        if !self.is_busy() {
+            self.begin(Waiting::Resize(asked));
+            return self.advance(machine, asked.at);
+        }
+        let earlier = self.waiting.iter_mut().find_map(|waiting| match waiting {
+            Waiting::Resize(earlier) => Some(earlier),
+            Waiting::Plug(_) => None,
+        });
+        match earlier {
+            Some(earlier) => {
+                let replaced = std::mem::replace(earlier, asked);
+                self.answer_untried(&replaced, Ending::Replaced, "");
             }
-            Some(_) => {
-                if let Some(replaced) = self.waiting.replace(asked) {
-                    self.answer_untried(&replaced, Ending::Replaced, "");
-                }
-            }
+            None => self.waiting.push_back(Waiting::Resize(asked)),
         }
     }
 
-    fn begin(&mut self, asked: Asked) {
-        self.vcpus_asked = asked.vcpus().unwrap_or(self.vcpus_asked);
-        self.current = Some(Transaction::new(asked));
+    /// Whether a request is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.current.is_some() || self.plug.is_some()
+    }
+
+    pub(super) fn begin(&mut self, what: Waiting) {
+        // Whoever comes finds out whether the guest can be rid of what is parked.
+        self.parked.values_mut().for_each(|parked| parked.due = true);
+        match what {
+            Waiting::Resize(asked) => {
+                self.vcpus_asked = asked.vcpus().unwrap_or(self.vcpus_asked);
+                self.current = Some(Transaction::new(asked));
+            }
+            Waiting::Plug(asked) => self.plug = Some(Current::new(asked)),
+        }
+    }
+
+    pub(super) fn begin_next(&mut self) {
+        if let Some(next) = self.waiting.pop_front() {
+            self.begin(next);
+        }
     }
 
     /// Takes what happened on the channel.
@@ -125,14 +192,17 @@ impl Resizer {
         match what {
             Happened::Opened(hello) => {
                 if let Some(question) = self.question.take() {
-                    self.cut_off(&question, Ending::Reset, "the guest dialled again", machine);
+                    self.cut_off(&question, Ending::Reset, "the guest dialled again", machine, now);
                 }
                 self.learn(hello.online, machine);
+                self.parked.values_mut().for_each(|parked| parked.due = true);
                 self.advance(machine, now);
             }
             Happened::Lost(why) => self.lost(&why, machine, now),
             Happened::Replied { seq, kind, status, body } => {
-                let Some(question) = self.question.take_if(|q| q.seq == seq) else { return };
+                let Some(question) = self.question.take_if(|q| q.seq == seq) else {
+                    return self.late_reply(seq, kind, status, machine);
+                };
                 self.replied(question, (kind, status, &body), machine, now);
                 self.advance(machine, now);
             }
@@ -165,7 +235,7 @@ impl Resizer {
                     }
                     Err(violation) => {
                         machine.hang_up();
-                        return self.cut_off(&question, Ending::Reset, &violation.to_string(), machine);
+                        return self.cut_off(&question, Ending::Reset, &violation.to_string(), machine, now);
                     }
                 };
                 self.learn(online, machine);
@@ -183,24 +253,36 @@ impl Resizer {
                 Err(_) if status != 0 => self.end_memory(None, &errno_text(status), machine),
                 Err(violation) => {
                     machine.hang_up();
-                    self.cut_off(&question, Ending::Reset, &violation.to_string(), machine);
+                    self.cut_off(&question, Ending::Reset, &violation.to_string(), machine, now);
                 }
             },
             Open::Memory { memory, seen } => self.memory_replied(memory, seen, status, machine, now),
-            Open::Pause { .. } => unreachable!("it has no number that a reply could have"),
+            Open::Add { .. } | Open::Remove { .. } | Open::TakeBack { .. } => {
+                self.plug_replied(question.open, status, machine, now);
+            }
+            Open::Pause { .. } | Open::Driver { .. } => {
+                unreachable!("they have no number that a reply could have")
+            }
         }
     }
 
     /// The channel is gone.
     fn lost(&mut self, why: &str, machine: &mut impl Machine, now: Instant) {
         if let Some(question) = self.question.take() {
-            self.cut_off(&question, Ending::Reset, why, machine);
+            self.cut_off(&question, Ending::Reset, why, machine, now);
         }
         self.advance(machine, now);
     }
 
     /// A question has no answer: what it was about ends as far as it is known.
-    fn cut_off(&mut self, question: &Question, ending: Ending, why: &str, machine: &mut impl Machine) {
+    fn cut_off(
+        &mut self,
+        question: &Question,
+        ending: Ending,
+        why: &str,
+        machine: &mut impl Machine,
+        now: Instant,
+    ) {
         let memory = match question.open {
             Open::Query => None,
             Open::Cpus { .. } => {
@@ -209,39 +291,17 @@ impl Resizer {
             }
             // It keeps what it has: nothing comes or goes behind the owner's back later.
             Open::Look { .. } | Open::Memory { .. } | Open::Pause { .. } => self.settle_memory(machine),
+            Open::Add { .. } | Open::Driver { .. } | Open::Remove { .. } | Open::TakeBack { .. } => {
+                return self.plug_cut_off(question, ending, why, now);
+            }
         };
         let Some(transaction) = &mut self.current else { return };
         transaction.memory = memory.or(transaction.memory);
         transaction.cut_off(ending, why);
     }
 
-    fn settle_memory(&mut self, machine: &mut impl Machine) -> Option<u64> {
-        let MemoryState { plugged, requested, .. } = machine.memory()?;
-        if plugged != requested
-            && let Err(error) = machine.request_memory(plugged)
-        {
-            log::warn!("leave memory as it is: {error}");
-        }
-        Some(plugged)
-    }
-
-    /// `before`: what the guest had, if it has changed since.
-    fn end_memory(&mut self, before: Option<u64>, detail: &str, machine: &mut impl Machine) {
-        let Some(plugged) = self.settle_memory(machine) else { return };
-        let Some(transaction) = &mut self.current else { return };
-        let wanted = transaction.asked.target.memory.unwrap_or(plugged);
-        transaction.memory = Some(plugged);
-        transaction.end_step(plugged == wanted, before.is_some_and(|before| plugged != before), detail);
-    }
-
-    fn end_vcpus(&mut self, before: CpuSet, wanted: CpuSet, detail: &str) {
-        let (Some(transaction), Some(online)) = (&mut self.current, self.online) else { return };
-        transaction.vcpus = Some(online.len().into());
-        transaction.end_step(online == wanted, online != before, detail);
-    }
-
     /// Does what there is to do, until something has to be waited for.
-    fn advance(&mut self, machine: &mut impl Machine, now: Instant) {
+    pub(super) fn advance(&mut self, machine: &mut impl Machine, now: Instant) {
         while self.question.is_none() {
             let begun = self.current.as_mut().filter(|transaction| !transaction.endings.is_empty());
             if let Some(transaction) = begun {
@@ -256,10 +316,19 @@ impl Resizer {
                 }
             }
             if !machine.is_open() {
+                // One that failed has nothing left to wait for.
+                self.expire_plug(machine, now);
                 return;
             }
             if self.online.is_none() {
                 self.ask(&Ask::Query, Open::Query, QUERY, machine, now);
+                continue;
+            }
+            if self.ask_for_parked(machine, now) {
+                continue;
+            }
+            if self.plug.is_some() {
+                self.step_plug(machine, now);
                 continue;
             }
             let Some(transaction) = &mut self.current else { return };
@@ -273,106 +342,36 @@ impl Resizer {
         }
     }
 
-    fn change_vcpus(&mut self, cpus: Cpus, machine: &mut impl Machine, now: Instant) {
-        let before = self.online.expect("asked for before anything is changed");
-        let wanted = match cpus {
-            Cpus::Count(count) => before.resized(count, self.possible),
-            Cpus::These(set) => set,
-        };
-        let new = wanted.without(self.started);
-        if let Err(why) = machine.start_vcpus(new) {
-            return self.end_vcpus(before, wanted, &why);
-        }
-        self.started = self.started.and(new);
-        let within = self.time_left(now);
-        self.ask(&Ask::SetCpus(wanted), Open::Cpus { before, wanted }, within, machine, now);
-    }
-
-    fn change_memory(&mut self, bytes: u64, machine: &mut impl Machine, now: Instant) {
-        let Some(memory) = machine.memory() else {
-            let transaction = self.current.as_mut().expect("a step is one of it");
-            return transaction.refuse("this VM was configured without memory to grow into");
-        };
-        if bytes < memory.plugged {
-            let within = self.time_left(now).min(QUERY);
-            return self.ask(&Ask::Query, Open::Look { wanted: bytes }, within, machine, now);
-        }
-        self.request_memory(bytes, memory.plugged, machine, now);
-    }
-
-    /// Shrinks to `wanted`, as far as the guest has it `available`.
-    fn shrink(&mut self, wanted: u64, available: u64, machine: &mut impl Machine, now: Instant) {
-        let Some(memory) = machine.memory() else { return };
-        let spare = available.saturating_sub(RESERVE) & !(BLOCK - 1);
-        let least = memory.plugged.saturating_sub(spare);
-        if least > wanted
-            && let Some(transaction) = &mut self.current
-        {
-            transaction.detail = format!("the guest has {} MiB that it can do without", spare >> 20);
-        }
-        self.request_memory(wanted.max(least), memory.plugged, machine, now);
-    }
-
-    fn request_memory(&mut self, bytes: u64, before: u64, machine: &mut impl Machine, now: Instant) {
-        if bytes == before {
-            return self.end_memory(None, "", machine);
-        }
-        if let Err(why) = machine.request_memory(bytes) {
-            return self.end_memory(None, &why, machine);
-        }
-        self.ask_memory(Memory { before, last: before, nudges: 0, pause: PAUSE }, machine, now);
-    }
-
-    fn ask_memory(&mut self, memory: Memory, machine: &mut impl Machine, now: Instant) {
-        let Some(state) = machine.memory() else { return };
-        let ask = Ask::SetMemory { base: state.base, bytes: state.requested };
-        let within = self.time_left(now);
-        self.ask(&ask, Open::Memory { memory, seen: state.seen }, within, machine, now);
-    }
-
-    fn memory_replied(
+    pub(super) fn ask(
         &mut self,
-        memory: Memory,
-        seen: bool,
-        status: u32,
+        ask: &Ask,
+        open: Open,
+        within: Duration,
         machine: &mut impl Machine,
         now: Instant,
     ) {
-        let Some(state) = machine.memory() else { return };
-        let reached = state.plugged == state.requested;
-        if status != 0 || reached || (seen && memory.nudges >= NUDGES && state.plugged == memory.last) {
-            let detail = if status == 0 { String::new() } else { errno_text(status) };
-            return self.end_memory(Some(memory.before), &detail, machine);
-        }
-        let mut next = Memory { last: state.plugged, pause: LONGEST_PAUSE.min(2 * memory.pause), ..memory };
-        if seen {
-            next.nudges = if state.plugged == memory.last { memory.nudges + 1 } else { 0 };
-            // The same once more: an interrupt, for a driver that has given up for now.
-            if let Err(why) = machine.request_memory(state.requested) {
-                return self.end_memory(Some(memory.before), &why, machine);
-            }
-        }
-        // Else the request overtook the device's interrupt, and the answer is about what was before it.
-        let until = now + memory.pause;
-        self.question = Some(Question { seq: 0, open: Open::Pause { memory: next }, until });
-    }
-
-    fn ask(&mut self, ask: &Ask, open: Open, within: Duration, machine: &mut impl Machine, now: Instant) {
         let until = now + within + GRACE;
         match machine.send(ask, within) {
             Some(seq) => self.question = Some(Question { seq, open, until }),
             None => {
-                self.cut_off(&Question { seq: 0, open, until }, Ending::Reset, "the guest hung up", machine);
+                let question = Question { seq: 0, open, until };
+                self.cut_off(&question, Ending::Reset, "the guest hung up", machine, now);
             }
         }
+    }
+
+    /// Of the request under way.
+    fn deadline(&self) -> Option<Instant> {
+        let plug = self.plug.as_ref().map(|current| current.asked.deadline());
+        plug.or(self.current.as_ref().map(|transaction| transaction.asked.deadline()))
     }
 
     fn has_time_left(&self, now: Instant) -> bool {
         self.current.as_ref().is_some_and(|transaction| now < transaction.asked.deadline())
     }
 
-    fn time_left(&self, now: Instant) -> Duration {
-        let deadline = self.current.as_ref().map_or(now, |transaction| transaction.asked.deadline());
+    pub(super) fn time_left(&self, now: Instant) -> Duration {
+        let deadline = self.deadline().unwrap_or(now);
         deadline.saturating_duration_since(now).max(Duration::from_millis(1))
     }
 
@@ -382,9 +381,7 @@ impl Resizer {
         let answer = transaction.answer(self.boot_memory);
         self.counters.ended(answer.resized.ending);
         self.answers.push(answer);
-        if let Some(next) = self.waiting.take() {
-            self.begin(next);
-        }
+        self.begin_next();
     }
 
     fn answer_untried(&mut self, asked: &Asked, ending: Ending, detail: &str) {
@@ -411,7 +408,8 @@ impl Resizer {
                 let why = if seen { "no time was left" } else { "the guest's memory driver does not answer" };
                 self.end_memory(Some(memory.before), why, machine);
             }
-            Some(question) => self.cut_off(&question, Ending::TimedOut, "", machine),
+            Some(Question { open: Open::Driver { device }, .. }) => self.driver_is_late(device, machine),
+            Some(question) => self.cut_off(&question, Ending::TimedOut, "", machine, now),
             None => {}
         }
         let late = self.question.is_none()
@@ -423,25 +421,42 @@ impl Resizer {
             };
             self.current.as_mut().expect("just looked").cut_off(Ending::TimedOut, why);
         }
-        if let Some(asked) = self.waiting.take_if(|asked| asked.deadline() <= now) {
-            self.answer_untried(&asked, Ending::TimedOut, "an earlier resize took all the time");
+        self.expire_plug(machine, now);
+        let (late, waiting): (VecDeque<_>, _) =
+            self.waiting.drain(..).partition(|waiting| waiting.deadline() <= now);
+        self.waiting = waiting;
+        for waiting in late {
+            match waiting {
+                Waiting::Resize(asked) => {
+                    self.answer_untried(&asked, Ending::TimedOut, "an earlier resize took all the time");
+                }
+                Waiting::Plug(asked) => {
+                    let left = self.take_out_unasked(&asked, machine);
+                    self.answer_plug(&asked, Err((Why::NoTurn, left)), now);
+                }
+            }
         }
         self.advance(machine, now);
     }
 
-    /// How long until [`Resizer::expire`] has something to do.
+    /// How long until [`Changes::expire`] has something to do.
     pub fn next_timeout(&self, now: Instant) -> Option<Duration> {
         let question = self.question.map(|q| q.until);
-        let current = self.current.as_ref().map(|t| t.asked.deadline()).filter(|_| question.is_none());
-        let waiting = self.waiting.map(|asked| asked.deadline());
+        let current = self.deadline().filter(|_| question.is_none());
+        let waiting = self.waiting.iter().map(Waiting::deadline).min();
         [question, current, waiting].into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
     }
 
     /// The VM ends: who still waits for an answer.
     pub fn end_all(&mut self) -> Vec<u64> {
-        let current = self.current.take().map(|transaction| transaction.asked.id);
+        let resize = self.current.take().map(|transaction| transaction.asked.id);
+        let plug = self.plug.take().map(|current| current.asked.id);
         self.question = None;
-        current.into_iter().chain(self.waiting.take().map(|asked| asked.id)).collect()
+        let waiting = self.waiting.drain(..).map(|waiting| match waiting {
+            Waiting::Resize(asked) => asked.id,
+            Waiting::Plug(asked) => asked.id,
+        });
+        resize.into_iter().chain(plug).chain(waiting).collect()
     }
 
     /// Answers since the last call.
@@ -470,6 +485,6 @@ impl Resizer {
     }
 }
 
-fn errno_text(errno: u32) -> String {
+pub(super) fn errno_text(errno: u32) -> String {
     std::io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(i32::MAX)).to_string()
 }
