@@ -271,7 +271,7 @@ impl Changes {
         }
     }
 
-    /// The guest has not got it: nothing of it stays. `Err` says what the host could not do about it.
+    /// The guest has not got it: nothing of it stays. What the host says of it; nothing if it was gone already.
     fn unplug(&mut self, device: DeviceKey, machine: &mut impl Machine) -> Option<Gone> {
         self.parked.remove(&device);
         machine.unplug(device)
