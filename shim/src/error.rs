@@ -171,7 +171,7 @@ fn disk(error: &DiskError) -> Code {
         DiskError::Missing { .. } | DiskError::TooMany { .. } => Code::INVALID_ARGUMENT,
         DiskError::Open { source, .. } => os(source),
         DiskError::ReadOnly { .. } => Code::FAILED_PRECONDITION,
-        DiskError::Late { source, .. } => vmm(source),
+        DiskError::Attach { source, .. } | DiskError::Leaving { source, .. } => vmm(source),
     }
 }
 

@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::config::size::Size;
 use crate::sandbox::complaints::Complaints;
 use crate::sandbox::console::Console;
-use crate::sandbox::disks::{Disk, DiskError, Held};
+use crate::sandbox::disks::{Disk, DiskError, Disks};
 use crate::sandbox::guest_log;
 use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
@@ -82,8 +82,8 @@ pub struct Vm {
     pub boot: Size,
     /// What came of growing it, if it booted small.
     pub grown: Option<Result<Resized, VmmError>>,
-    /// Its disks beside the guest's image, in the order of their numbers.
-    pub disks: tokio::sync::Mutex<Vec<Held>>,
+    /// Its disks beside the guest's image.
+    pub disks: tokio::sync::Mutex<Disks>,
 }
 
 /// Where a boot can fail.
@@ -225,7 +225,7 @@ pub async fn boot(
     fds.extend(disks.iter().map(|disk| disk.file().as_fd()));
     match come_up(plan, &hardware, &vmm, events, &streams, &fds, timeline).await {
         Ok((agent, grown)) => {
-            let disks = tokio::sync::Mutex::new(disks.iter().map(Disk::held).collect());
+            let disks = tokio::sync::Mutex::new(Disks::of_boot(disks));
             Ok(Vm { vmm, agent, streams, console, boot: plan.config.boot_size(), grown, disks })
         }
         Err((stage, cause)) => {

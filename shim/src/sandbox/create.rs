@@ -74,6 +74,7 @@ impl Sandbox {
             self.forget_fifos(&stdio_of_create(&request));
             log::error!(container:% = request.id; "creating it: {}", e.chain());
             self.unshare(&container).await;
+            self.give_back_disks(&request.id).await;
             self.containers.lock().expect("no code panics while it holds this lock").remove(&request.id);
             self.leave_room(&request.id);
             return Err(e);
@@ -135,7 +136,7 @@ impl Sandbox {
         }
         container.set_pid(self.free_pid(&vm));
         for (index, disk) in guest.disks.clone().iter().enumerate() {
-            let number = self.disk(&vm, disk).await?;
+            let number = self.disk(&vm, id, disk).await?;
             guest.set_disk(index, number);
         }
         let (root, options) = root(bundle, &layers, &overview)?;

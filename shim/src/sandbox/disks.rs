@@ -1,19 +1,23 @@
 //! Block devices of the host as disks of the VM.
 //!
-//! The first container's are known when the VM boots and are part of its configuration. A later container's can only be
-//! added to a VM that runs, which the VMM refuses as long as the guest has no channel for it: so a pod's containers, which
-//! come after its VM has booted, get none, and are told why.
+//! The first container's are known when the VM boots and are part of its configuration; they stay until it ends. A pod's
+//! containers come after their VM has booted: theirs are added while it runs ([`Op::Attach`]), and taken away again
+//! ([`Op::Detach`]) when the last container that has them is deleted. The guest finds a disk by its serial number
+//! ([`disk_serial`]), and no number is used twice in a VM's life.
 //!
-//! A disk stays until the VM ends. The guest finds it by its serial number ([`disk_serial`]).
+//! A disk that the guest does not give up stays with the VM, *leaving*; whoever wants the block device again has the guest
+//! asked once more.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use agent_api::disk_serial;
 use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor, open};
-use vmm_api::config::MAX_DISKS;
+use vmm_api::config::{DEVICE_SLOTS, MAX_DISKS};
 use vmm_api::hotplug::MAX_PLUG_MS;
-use vmm_api::{DiskConfig, FdIndex, NewDevice, Op};
+use vmm_api::{DeviceName, DiskConfig, ErrorCode, FdIndex, NewDevice, Op};
 
 use crate::container::devices::HostDisk;
 use crate::error::TaskError;
@@ -21,8 +25,12 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
 use crate::vmm::VmmError;
 
+/// Slots that a VM's other devices take: image, file share, sockets, console, entropy, memory that comes and goes, balloon, and
+/// one network device.
+const OTHERS: usize = 8;
 /// Disks of a VM beside the guest's image.
-const LIMIT: usize = MAX_DISKS - 1;
+const LIMIT: usize = DEVICE_SLOTS - OTHERS;
+const _: () = assert!(LIMIT < MAX_DISKS);
 
 /// A block device that does not become a disk.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +70,20 @@ pub enum DiskError {
         /// In the container.
         path: String,
     },
-    /// The VM runs.
+    /// It cannot be added to the VM, which runs.
+    #[error("device {path}: adding it to the running VM")]
+    Attach {
+        /// In the container.
+        path: String,
+        /// What the VMM says of it.
+        #[source]
+        source: VmmError,
+    },
+    /// The guest has it still, for a container that is gone.
     #[error(
-        "device {path}: a block device can be added only before the VM boots, for the one container that has the VM to itself; a pod's containers come after that"
+        "device {path}: the VM still has it for a container that is gone, and the guest does not give it up"
     )]
-    Late {
+    Leaving {
         /// In the container.
         path: String,
         /// What the VMM says of it.
@@ -86,11 +103,59 @@ pub struct Disk {
 }
 
 /// What is known of a disk that the VM has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Held {
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Held {
     number: (u32, u32),
     /// As a container asked for it. One that the host itself cannot write is read-only to all.
     asked_read_only: bool,
+    /// The containers that have it; `None` for a disk of the boot, which stays.
+    users: Option<BTreeSet<String>>,
+    /// It was to go.
+    leaving: bool,
+}
+
+/// A VM's disks beside the guest's image, by the numbers that make their serial numbers.
+#[derive(Debug, Default)]
+pub struct Disks {
+    held: BTreeMap<u32, Held>,
+    /// The next number.
+    next: u32,
+}
+
+impl Disks {
+    /// Those that the VM boots with, in this order.
+    pub fn of_boot(disks: &[Disk]) -> Self {
+        let held: BTreeMap<u32, Held> = (0..).zip(disks.iter().map(|disk| disk.held(None))).collect();
+        let next = u32::try_from(held.len()).expect("a VM has few disks");
+        Disks { held, next }
+    }
+
+    /// One that is asked for, if the VM has it.
+    fn find(&self, wanted: &HostDisk) -> Result<Option<u32>, DiskError> {
+        let found = self.held.iter().find(|(_, held)| held.number == (wanted.major, wanted.minor));
+        match found {
+            // One that leaves is nobody's any more.
+            Some((_, held)) if held.asked_read_only && !wanted.read_only && !held.leaving => {
+                Err(DiskError::ReadOnly { path: wanted.path.clone() })
+            }
+            found => Ok(found.map(|(number, _)| *number)),
+        }
+    }
+
+    /// Takes a container off all lists; the disks that nobody has then.
+    fn release(&mut self, container: &str) -> Vec<u32> {
+        let mut free = vec![];
+        for (number, held) in &mut self.held {
+            if let Some(users) = &mut held.users
+                && users.remove(container)
+                && users.is_empty()
+            {
+                held.leaving = true;
+                free.push(*number);
+            }
+        }
+        free
+    }
 }
 
 impl Disk {
@@ -127,7 +192,7 @@ impl Disk {
     pub fn open_all(wanted: &[HostDisk]) -> Result<Vec<Self>, DiskError> {
         let mut disks: Vec<Disk> = Vec::new();
         for wanted in wanted {
-            match find(disks.iter().map(Disk::held), wanted)? {
+            match Disks::of_boot(&disks).find(wanted)? {
                 Some(_) => {}
                 None if disks.len() == LIMIT => return Err(DiskError::TooMany { count: LIMIT + 1 }),
                 None => disks.push(Disk::open(wanted)?),
@@ -142,8 +207,13 @@ impl Disk {
     }
 
     /// What to remember of it.
-    pub fn held(&self) -> Held {
-        Held { number: self.number, asked_read_only: self.asked_read_only }
+    fn held(&self, user: Option<&str>) -> Held {
+        Held {
+            number: self.number,
+            asked_read_only: self.asked_read_only,
+            users: user.map(|user| BTreeSet::from([user.to_owned()])),
+            leaving: false,
+        }
     }
 
     /// For the VMM.
@@ -152,43 +222,76 @@ impl Disk {
     }
 }
 
-/// Its position among those that the VM has.
-fn find(held: impl Iterator<Item = Held>, wanted: &HostDisk) -> Result<Option<u32>, DiskError> {
-    for (position, disk) in (0..).zip(held) {
-        if disk.number == (wanted.major, wanted.minor) {
-            return match disk.asked_read_only && !wanted.read_only {
-                true => Err(DiskError::ReadOnly { path: wanted.path.clone() }),
-                false => Ok(Some(position)),
-            };
-        }
-    }
-    Ok(None)
-}
-
 impl Sandbox {
-    /// The number of the VM's disk that is this block device; added if it is not there.
+    /// The number of the VM's disk that is this block device, for this container; added if it is not there.
     ///
     /// # Errors
     /// [`TaskError::Disk`].
-    pub(super) async fn disk(&self, vm: &Vm, wanted: &HostDisk) -> Result<u32, TaskError> {
-        let mut held = vm.disks.lock().await;
-        if let Some(number) = find(held.iter().copied(), wanted)? {
-            return Ok(number);
+    pub(super) async fn disk(&self, vm: &Vm, container: &str, wanted: &HostDisk) -> Result<u32, TaskError> {
+        // Held to the end: one is added or taken away at a time, as the VMM does it.
+        let mut disks = vm.disks.lock().await;
+        if let Some(number) = disks.find(wanted)? {
+            let held = disks.held.get_mut(&number).expect("just found");
+            if !held.leaving {
+                if let Some(users) = &mut held.users {
+                    users.insert(container.to_owned());
+                }
+                return Ok(number);
+            }
+            let left = self.detach(vm, number).await;
+            left.map_err(|source| DiskError::Leaving { path: wanted.path.clone(), source })?;
+            disks.held.remove(&number);
         }
-        if held.len() == LIMIT {
+        if disks.held.len() == LIMIT {
             return Err(DiskError::TooMany { count: LIMIT + 1 }.into());
         }
         let disk = Disk::open(wanted)?;
-        let number = u32::try_from(held.len()).expect("a VM has few disks");
-        let limit = self.config.timeouts.vmm();
-        // The VMM's own limit is the lower one: its answer has the numbers.
-        let timeout_ms = u32::try_from((limit / 2).as_millis()).unwrap_or(u32::MAX).clamp(1, MAX_PLUG_MS);
+        let number = disks.next;
+        // Not used again, whatever comes of it: the guest may have a disk of this number that it was slow to take.
+        disks.next += 1;
         let device = NewDevice::Disk(disk.config(number, FdIndex(0)));
-        let attach = Op::Attach { device, timeout_ms };
+        let attach = Op::Attach { device, timeout_ms: self.plug_ms() };
+        let limit = self.plug_limit();
         let attached = vm.vmm.call(attach, &[disk.file().as_fd()], limit).await;
-        attached.map_err(|source| DiskError::Late { path: wanted.path.clone(), source })?;
-        held.push(disk.held());
+        attached.map_err(|source| DiskError::Attach { path: wanted.path.clone(), source })?;
+        disks.held.insert(number, disk.held(Some(container)));
         Ok(number)
+    }
+
+    /// Takes away the disks that only this container had. What fails is logged, and tried again by who wants the block
+    /// device next.
+    pub(super) async fn give_back_disks(&self, container: &str) {
+        let Some(vm) = self.running_vm() else { return };
+        let mut disks = vm.disks.lock().await;
+        for number in disks.release(container) {
+            match self.detach(&vm, number).await {
+                Ok(()) => {
+                    disks.held.remove(&number);
+                }
+                Err(e) => log::warn!(container:%; "{}", crate::error::chain(&e)),
+            }
+        }
+    }
+
+    async fn detach(&self, vm: &Vm, number: u32) -> Result<(), VmmError> {
+        let device = DeviceName::Disk(disk_serial(number));
+        let detach = Op::Detach { device, timeout_ms: self.plug_ms() };
+        match vm.vmm.call(detach, &[], self.plug_limit()).await {
+            // It went by itself.
+            Err(VmmError::Refused { source, .. }) if source.code == ErrorCode::NotFound => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// How long guest and VMM may take over a disk, in milliseconds.
+    fn plug_ms(&self) -> u32 {
+        let ms = self.config.timeouts.vmm().as_millis();
+        u32::try_from(ms).unwrap_or(u32::MAX).clamp(1, MAX_PLUG_MS)
+    }
+
+    /// How long the VMM's answer may take, which has the numbers: longer than that.
+    fn plug_limit(&self) -> Duration {
+        Duration::from_millis(self.plug_ms().into()) + self.config.timeouts.vmm()
     }
 }
 
@@ -200,16 +303,35 @@ mod tests {
         HostDisk { path: "/dev/xvda".into(), major, minor, read_only }
     }
 
+    fn held(minor: u32, asked_read_only: bool, users: Option<&[&str]>) -> Held {
+        let users = users.map(|users| users.iter().map(|&user| user.to_owned()).collect());
+        Held { number: (7, minor), asked_read_only, users, leaving: false }
+    }
+
+    fn disks(held: impl IntoIterator<Item = Held>) -> Disks {
+        Disks { held: (0..).zip(held).collect(), next: 9 }
+    }
+
     #[test]
     fn a_disk_that_is_there_is_not_added_again() {
-        let held =
-            [Held { number: (7, 0), asked_read_only: false }, Held { number: (7, 1), asked_read_only: true }];
-        let found = |wanted: &HostDisk| find(held.iter().copied(), wanted);
-        assert_eq!(found(&wanted(7, 0, true)).unwrap(), Some(0));
-        assert_eq!(found(&wanted(7, 1, true)).unwrap(), Some(1));
-        assert_eq!(found(&wanted(8, 1, true)).unwrap(), None);
-        let error = found(&wanted(7, 1, false)).unwrap_err().to_string();
+        let disks = disks([held(0, false, None), held(1, true, None)]);
+        assert_eq!(disks.find(&wanted(7, 0, true)).unwrap(), Some(0));
+        assert_eq!(disks.find(&wanted(7, 1, true)).unwrap(), Some(1));
+        assert_eq!(disks.find(&wanted(8, 1, true)).unwrap(), None);
+        let error = disks.find(&wanted(7, 1, false)).unwrap_err().to_string();
         assert!(error.contains("/dev/xvda") && error.contains("read-only"), "{error}");
+    }
+
+    #[test]
+    fn a_disk_goes_with_the_last_container_that_has_it() {
+        let mut disks =
+            disks([held(0, false, None), held(1, true, Some(&["a", "b"])), held(2, false, Some(&["a"]))]);
+        assert_eq!(disks.release("c"), [0; 0]);
+        assert_eq!(disks.release("a"), [2]);
+        assert_eq!(disks.release("a"), [0; 0], "once");
+        assert_eq!(disks.release("b"), [1]);
+        // One that leaves can become another's, and writable.
+        assert_eq!(disks.find(&wanted(7, 1, false)).unwrap(), Some(1));
     }
 
     #[test]

@@ -231,6 +231,7 @@ impl Sandbox {
             self.forget_fifos(&process.stdio);
         }
         self.unshare(&container).await;
+        self.give_back_disks(id).await;
         // One that fails is logged, and the container is gone.
         let _ = self.run_hooks(&container, Moment::Deleted).await;
         self.containers.lock().expect("no code panics while it holds this lock").remove(id);

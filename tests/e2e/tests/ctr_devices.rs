@@ -118,10 +118,10 @@ fn a_bind_of_a_block_device_is_refused_and_one_of_what_is_mounted_from_it_works(
 
 #[test]
 fn more_block_devices_than_a_vm_can_have_are_refused_with_the_limit() -> Result<()> {
-    let disks = (0..8).map(|_| LoopDevice::with(&[0; 512])).collect::<Result<Vec<_>>>()?;
+    let disks = (0..12).map(|_| LoopDevice::with(&[0; 512])).collect::<Result<Vec<_>>>()?;
     let options: Vec<&str> = disks.iter().flat_map(|disk| ["--device", disk.name()]).collect();
     let done = sh("too-many", &options, "true")?;
-    ensure!(done.code != 0 && done.errors().contains("at most 7 become disks of a VM"), "{done:?}");
+    ensure!(done.code != 0 && done.errors().contains("at most 11 become disks of a VM"), "{done:?}");
     Ok(())
 }
 
