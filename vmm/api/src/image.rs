@@ -16,6 +16,10 @@
 //! *ready map*: a bit a block, the lowest bit of a byte first. The service sets a block's bit after the block's bytes are in
 //! the file and their chunk's digest is verified, and never takes back a bit of a blob that an open image names. So a reader
 //! that sees the bit may read the block from the file, without asking. A block whose bit is not set reads as zeros or worse.
+//!
+//! Not every block of a blob belongs to a chunk of the image (a layer's file that a later layer removed). Such a block is never
+//! made ready, since another image that shares the file may have a chunk there; a wish for it ends well, and it is nobody's: a
+//! reader takes zeros for it and does not ask again.
 
 use std::path::PathBuf;
 
@@ -132,7 +136,7 @@ impl Fetch {
 pub struct Fetched {
     /// The tag of the wish.
     pub tag: u64,
-    /// 0 if all the blocks are ready, else why not, for the guest: `EIO` (broken, missing, tampered or forbidden),
+    /// 0 if all the blocks are ready that belong to a chunk of the image, else why not, for the guest: `EIO` (broken, missing, tampered or forbidden),
     /// `ENOSPC` (no room in the cache), `EINVAL` (no such blob or blocks).
     pub errno: u32,
 }
