@@ -75,6 +75,42 @@ const MAY: &[(&str, &[&str])] = &[
             "nix",
         ],
     ),
+    (
+        "images",
+        &[
+            "vmm-api",
+            "tokio",
+            "rustix",
+            "reqwest",
+            "futures-util",
+            "base64",
+            "lz4_flex",
+            "zstd",
+            "flate2",
+            "blake3",
+            "sha2",
+            "clap",
+            "toml",
+        ],
+    ),
+    (
+        "convert",
+        &[
+            "images",
+            "nydus-api",
+            "nydus-builder",
+            "nydus-rafs",
+            "nydus-storage",
+            "nydus-utils",
+            "tokio",
+            "rustix",
+            "sha2",
+            "clap",
+            "tempfile",
+            "flate2",
+            "zstd",
+        ],
+    ),
     ("tap", &[]),
     ("sk-lookup", &[]),
 ];
@@ -90,6 +126,9 @@ const MUST_NOT_REACH: &[(&str, &[&str])] = &[
     ("imagefs", &["vmm", "kvm-ioctls", "kvm-bindings", "tokio"]),
     ("vmm", &["tokio", "ttrpc", "shim", "agent-api", "containerd-shim-protos"]),
     ("shim", &["vmm", "virtio", "kvm-ioctls", "kvm-bindings"]),
+    // What the node's service does with an image, it does itself: neither a VMM's memory nor the builder's OpenSSL is near.
+    ("images", &["vmm", "virtio", "imagefs", "kvm-ioctls", "vm-memory", "shim", "nydus-storage", "openssl"]),
+    ("convert", &["vmm", "virtio", "imagefs", "kvm-ioctls", "shim"]),
     ("guest-agent", &["vmm", "vmm-api", "virtio", "shim"]),
 ];
 

@@ -8,10 +8,11 @@ use crate::cache::Cache;
 use crate::steps::{output, quietly, step};
 
 /// Package and why it is needed.
-const NEEDED: [(&str, &str); 19] = [
+const NEEDED: [(&str, &str); 20] = [
     ("bc", "guest kernel"),
     ("binutils", "guest kernel"),
     ("bison", "guest kernel"),
+    ("cmake", "the image converter"),
     ("erofs-utils", "guest image"),
     ("flex", "guest kernel"),
     ("g++", "fuzzer"),
@@ -20,7 +21,7 @@ const NEEDED: [(&str, &str); 19] = [
     ("libglib2.0-dev", "the lab's QEMU"),
     ("libseccomp-dev", "guest agent"),
     ("libslirp-dev", "the lab's QEMU"),
-    ("libssl-dev", "guest kernel"),
+    ("libssl-dev", "guest kernel, the image converter"),
     ("make", "guest kernel"),
     ("ninja-build", "the lab's QEMU"),
     ("patch", "guest kernel, the lab's QEMU"),

@@ -1,0 +1,76 @@
+//! `ctvm-images`: the node's image service.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use images::config::Config;
+use images::service::{Service, chain};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The node's image service: images start before they are downloaded
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve image chunks to the VMs of this node
+    Serve {
+        /// Folder of the cache
+        #[arg(long, default_value = "/var/lib/ctvm/images")]
+        root: PathBuf,
+        /// Socket that shims connect to
+        #[arg(long, default_value = "/run/ctvm/images.sock")]
+        socket: PathBuf,
+        /// TOML file: cache, fetch, folders, registry
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    images::logger::install();
+    let done = match Arguments::parse().command {
+        Command::Serve { root, socket, config } => serve(&root, &socket, config.as_deref()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ctvm-images: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(root: &Path, socket: &Path, config: Option<&Path>) -> Result<()> {
+    let config = match config {
+        None => Config::default(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+            toml::from_str(&text).with_context(|| format!("understand {}", path.display()))?
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        // Each reads, decompresses or writes one run of chunks, with its buffers.
+        .max_blocking_threads(16)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(async {
+        let mut stop = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+        let stop = async move {
+            tokio::select! { _ = stop.recv() => (), _ = interrupt.recv() => () }
+        };
+        let service = Arc::new(Service::new(root, config)?);
+        service.serve(socket, stop).await?;
+        Ok(())
+    })
+}

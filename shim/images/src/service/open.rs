@@ -1,0 +1,189 @@
+//! Opening an image: from a bootstrap and a configuration to blobs, cache files and descriptors.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use sha2::{Digest, Sha256};
+use vmm_api::image::{Blob, OpenedImage};
+
+use super::Service;
+use super::trace::Trace;
+use crate::cache::{FileError, blocking};
+use crate::config::nydusd::{Daemon, DaemonError};
+use crate::config::{Ahead, Backend};
+use crate::fetch::{Fetcher, OpenBlob};
+use crate::rafs::{ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
+use crate::source::RegistryError;
+
+/// Why an image is not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The bootstrap's file.
+    #[error("read the bootstrap {path}")]
+    Bootstrap {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is in it.
+    #[error("the bootstrap {path} is refused")]
+    Rafs {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: RafsError,
+    },
+    /// The daemon's configuration.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// No configuration at all.
+    #[error("the image comes without a daemon's configuration, and the service's own names no folders")]
+    NoBackend,
+    /// The back end.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The cache.
+    #[error("the cache file of blob {blob}")]
+    Cache {
+        /// Of which.
+        blob: String,
+        /// Why not.
+        #[source]
+        source: FileError,
+    },
+    /// A descriptor for the VMM.
+    #[error("open the cache file of blob {blob} for a VM")]
+    Reader {
+        /// Of which.
+        blob: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// For logs.
+    pub name: String,
+    /// Its blobs.
+    pub blobs: Vec<Arc<OpenBlob>>,
+    /// Its own list.
+    pub prefetch: Vec<ChunkRef>,
+    /// What starts read.
+    pub trace: Trace,
+    /// Brings chunks.
+    pub fetcher: Arc<Fetcher>,
+}
+
+impl OpenImage {
+    /// How many bytes a chunk is to bring. Of a plain layer, where the index knows it better: its size.
+    pub fn stored_size(&self, chunk: ChunkRef) -> u64 {
+        let blob = self.blobs.get(chunk.blob as usize);
+        let found = blob.and_then(|blob| Some((blob, blob.table.chunks.get(chunk.chunk as usize)?)));
+        found.map_or(0, |(blob, chunk)| match blob.table.zran {
+            None => chunk.stored_size.into(),
+            Some(_) => chunk.size.into(),
+        })
+    }
+}
+
+impl Drop for OpenImage {
+    fn drop(&mut self) {
+        self.fetcher.stats.images.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What opening gives: the image, the answer with its descriptors, and how far to fetch ahead.
+#[derive(Debug)]
+pub struct Opened {
+    /// The image.
+    pub image: Arc<OpenImage>,
+    /// The answer.
+    pub answer: OpenedImage,
+    /// Its descriptors.
+    pub fds: Vec<OwnedFd>,
+    /// How far to fetch ahead.
+    pub ahead: Ahead,
+}
+
+/// Opens the image of a bootstrap.
+pub async fn open(service: &Service, bootstrap: &Path, config: &str) -> Result<Opened, OpenError> {
+    let (backend, ahead) = backend(service, config)?;
+    let source = service.sources.get(&backend)?;
+    let path = bootstrap.to_owned();
+    let traces = service.root.join("traces");
+    let (file, image, trace) = blocking(move || parse(&path, &traces)).await?;
+    let Image { version, blobs, prefetch } = image;
+    let mut open = Vec::with_capacity(blobs.len());
+    let mut fds = vec![OwnedFd::from(file)];
+    let mut answer = OpenedImage { version, blobs: Vec::with_capacity(blobs.len()) };
+    for table in blobs {
+        let table = Arc::new(table);
+        let file = service.fetcher.cache.get(&table).await;
+        let file = file.map_err(|source| OpenError::Cache { blob: table.id.clone(), source })?;
+        let reader = file.reader();
+        fds.push(reader.map_err(|source| OpenError::Reader { blob: table.id.clone(), source })?);
+        answer.blobs.push(Blob { id: table.id.clone(), bytes: table.bytes });
+        let (source, fetcher) = (Arc::clone(&source), Arc::clone(&service.fetcher));
+        open.push(Arc::new(OpenBlob::new(table, file, source, fetcher)));
+    }
+    service.fetcher.stats.images.fetch_add(1, Ordering::Relaxed);
+    let name = bootstrap.display().to_string();
+    log::info!("image {name}: version {version}, {} blobs, from {}", open.len(), source.name);
+    let image =
+        Arc::new(OpenImage { name, blobs: open, prefetch, trace, fetcher: Arc::clone(&service.fetcher) });
+    Ok(Opened { image, answer, fds, ahead })
+}
+
+fn backend(service: &Service, config: &str) -> Result<(Backend, Ahead), OpenError> {
+    let ours = &service.config.fetch;
+    let default = Ahead {
+        listed: ours.prefetch,
+        all: ours.background_fill,
+        rate: ours.prefetch_rate_kib.saturating_mul(1024),
+    };
+    if config.trim().is_empty() {
+        let folders = service.config.folders.clone();
+        return if folders.is_empty() {
+            Err(OpenError::NoBackend)
+        } else {
+            Ok((Backend::Folder { folders }, default))
+        };
+    }
+    let daemon = Daemon::parse(config)?;
+    for warning in &daemon.warnings {
+        log::warn!("the daemon's configuration: {warning}");
+    }
+    // The node's operator has the last word on what is too much.
+    let ahead = daemon.ahead.map_or(default, |asked| Ahead {
+        listed: asked.listed && default.listed,
+        all: asked.all || default.all,
+        rate: [asked.rate, default.rate].into_iter().filter(|rate| *rate > 0).min().unwrap_or(0),
+    });
+    Ok((daemon.backend, ahead))
+}
+
+/// Reads and parses a bootstrap, finds its trace. Blocks.
+fn parse(path: &Path, traces: &Path) -> Result<(File, Image, Trace), OpenError> {
+    let name = || path.display().to_string();
+    let io = |source| OpenError::Bootstrap { path: name(), source };
+    let mut file = File::open(path).map_err(io)?;
+    if !file.metadata().map_err(io)?.is_file() {
+        return Err(io(io::Error::other("it is no regular file")));
+    }
+    let mut bytes = Vec::new();
+    (&mut file).take(MAX_BOOTSTRAP + 1).read_to_end(&mut bytes).map_err(io)?;
+    let image = Image::parse(&bytes).map_err(|source| OpenError::Rafs { path: name(), source })?;
+    let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let trace = Trace::load(traces, &digest, &image);
+    Ok((file, image, trace))
+}
