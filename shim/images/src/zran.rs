@@ -1,8 +1,9 @@
 //! Decompression from the middle of a gzip stream, without zlib.
 //!
 //! zlib begins in the middle with `inflatePrime` (bits of the byte before) and `inflateSetDictionary` (the 32 KiB before). The same
-//! is reached with any inflate by a stream of our own making: the dictionary as a stored block, which ends at a byte, and then the
-//! real stream, shifted so that it begins there. What the dictionary decompresses to, itself, is thrown away.
+//! is reached with any inflate by a stream of our own making before the real one: the dictionary as a stored block, which ends at a
+//! byte, and then empty blocks whose bits end where the real stream's begin. (Shifting the real stream instead would not do: its
+//! stored blocks begin at its bytes.) What the dictionary decompresses to, itself, is thrown away.
 
 use std::io::Read;
 
@@ -52,20 +53,74 @@ fn primed(context: &Context, dictionary: &[u8], stored: &[u8]) -> Vec<u8> {
         stream.extend_from_slice(&(!len).to_le_bytes());
         stream.extend_from_slice(dictionary);
     }
-    match context.bits {
-        (_, 0) => stream.extend_from_slice(stored),
-        // The lowest bit of a byte is the first: `count` bits come before the stream.
-        (bits, count) => {
-            let mut carry = u16::from(bits) & ((1 << count) - 1);
-            for byte in stored {
-                let window = carry | (u16::from(*byte) << count);
-                stream.push(window.to_le_bytes()[0]);
-                carry = window >> 8;
-            }
-            stream.push(carry.to_le_bytes()[0]);
+    if let (byte, count @ 1..8) = context.bits {
+        let mut bits = Bits { bytes: stream, used: 8 };
+        bits.empty_blocks(8 - count);
+        stream = bits.bytes;
+        if let Some(last) = stream.last_mut() {
+            *last |= byte & (0xff << (8 - count));
         }
     }
+    stream.extend_from_slice(stored);
     stream
+}
+
+/// Bits into bytes, the lowest first (RFC 1951, 3.1.1).
+struct Bits {
+    bytes: Vec<u8>,
+    /// Bits of the last byte that are used.
+    used: u8,
+}
+
+impl Bits {
+    fn put(&mut self, value: u8, count: u8) {
+        for bit in 0..count {
+            if self.used == 8 {
+                self.bytes.push(0);
+                self.used = 0;
+            }
+            if let Some(last) = self.bytes.last_mut() {
+                *last |= (value >> bit & 1) << self.used;
+            }
+            self.used += 1;
+        }
+    }
+
+    /// Blocks of nothing that end `at` bits into a byte, 1 to 7, if they begin at one.
+    fn empty_blocks(&mut self, at: u8) {
+        if at % 2 == 1 {
+            self.dynamic();
+        }
+        while self.used != at {
+            // Fixed codes: not the last, type 1; the end is seven zeros. 10 bits.
+            self.put(0b010, 3);
+            self.put(0, 7);
+        }
+    }
+
+    /// A block of nothing with codes of its own, 97 bits: an odd number.
+    fn dynamic(&mut self) {
+        // Not the last, type 2; 257 literals and lengths, 1 distance, 19 lengths of the code that codes lengths.
+        self.put(0b100, 3);
+        self.put(0, 5);
+        self.put(0, 5);
+        self.put(15, 4);
+        // In their order 16, 17, 18, 0, 8, …, 1, 15 (RFC 1951, 3.2.7): "11 zeros or more" has 1 bit, 0 and 1 have 2.
+        for length in [0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0] {
+            self.put(length, 3);
+        }
+        // So that literal 0 and the end have a bit each: 1, 138 zeros, 117 zeros, 1; and no distance: 0. Codes: 0, 01, 11 from
+        // the lowest bit.
+        self.put(0b11, 2);
+        for zeros in [138, 117] {
+            self.put(0, 1);
+            self.put(zeros - 11, 7);
+        }
+        self.put(0b11, 2);
+        self.put(0b01, 2);
+        // The end.
+        self.put(1, 1);
+    }
 }
 
 /// Length of the gzip header at the start of `bytes` (RFC 1952, 2.3).
@@ -87,4 +142,60 @@ fn gzip_header(bytes: &[u8]) -> Option<usize> {
         at += 2;
     }
     (at <= bytes.len()).then_some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn empty_blocks_end_at_every_bit() {
+        for at in 1..8 {
+            let mut bits = Bits { bytes: Vec::new(), used: 8 };
+            bits.empty_blocks(at);
+            assert_eq!(bits.used, at);
+            // Then a stored block, the last: "ok".
+            bits.put(1, 3);
+            let mut stream = bits.bytes;
+            stream.extend_from_slice(&[2, 0, 0xfd, 0xff]);
+            stream.extend_from_slice(b"ok");
+            let mut out = Vec::new();
+            let got = flate2::bufread::DeflateDecoder::new(stream.as_slice()).read_to_end(&mut out);
+            assert!(got.is_ok() && out == b"ok", "{at}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn members_of_a_gzip_file_follow_each_other() {
+        let member = |text: &[u8]| {
+            let mut gzip =
+                flate2::GzBuilder::new().filename("name").write(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(text).expect("to memory");
+            gzip.finish().expect("to memory")
+        };
+        let stored =
+            [&member(b"first")[gzip_header(&member(b"first")).expect("a header")..], &member(b"second")]
+                .concat();
+        let context = Context::new(11, (0, 0));
+        assert_eq!(inflate(&context, &[], &stored).expect("both"), b"firstsecond");
+        assert!(inflate(&context, &[], &stored[..stored.len() - 12]).is_err());
+        assert!(inflate(&Context::new(12, (0, 0)), &[], &stored).is_err(), "no third");
+    }
+
+    #[test]
+    fn headers_of_gzip() {
+        for (header, len) in [
+            (&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3][..], Some(10)),
+            (&[0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 3, 2, 0, 7, 7], Some(14)),
+            (&[0x1f, 0x8b, 8, 8, 0, 0, 0, 0, 0, 3, b'a', 0], Some(12)),
+            (&[0x1f, 0x8b, 8, 8, 0, 0, 0, 0, 0, 3, b'a'], None),
+            (&[0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 3, 200, 0], None),
+            (&[0x1f, 0x8b, 9, 0, 0, 0, 0, 0, 0, 3], None),
+            (&[0x1f, 0x8b, 8], None),
+        ] {
+            assert_eq!(gzip_header(header), len, "{header:?}");
+        }
+    }
 }

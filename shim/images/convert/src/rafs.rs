@@ -186,6 +186,6 @@ fn version(options: &Options) -> Result<RafsVersion> {
 }
 
 /// A configuration under which no blob is looked for.
-fn quiet_config() -> Arc<ConfigV2> {
+pub(crate) fn quiet_config() -> Arc<ConfigV2> {
     Arc::new(ConfigV2::new("ctvm"))
 }

@@ -25,10 +25,18 @@ pub struct Context {
     pub stored_size: u32,
     /// How many come out.
     pub size: u32,
-    /// The last bits before `offset` that belong to it, and how many of them: 0 to 7.
+    /// The byte before `offset`, and how many of its highest bits belong to the context: 0 to 7.
     pub bits: (u8, u8),
     /// Where its dictionary is in [`Index::dictionaries`].
     dictionary: std::ops::Range<usize>,
+}
+
+#[cfg(test)]
+impl Context {
+    /// A context of `size` bytes without a dictionary.
+    pub fn new(size: u32, bits: (u8, u8)) -> Self {
+        Self { offset: 0, stored_size: 0, size, bits, dictionary: 0..0 }
+    }
 }
 
 /// Where a chunk comes from.

@@ -1,0 +1,9 @@
+//! The image service from the outside: images made by the converter, read as a VMM reads them.
+
+mod client;
+mod crash;
+mod local;
+mod registry;
+mod remote;
+mod room;
+mod sample;
