@@ -2,13 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "service")]
 pub mod cache;
 pub mod codec;
 pub mod config;
+#[cfg(feature = "service")]
 pub mod fetch;
+#[cfg(feature = "service")]
 pub mod logger;
 pub mod rafs;
+#[cfg(feature = "service")]
 pub mod service;
+#[cfg(feature = "service")]
 pub mod source;
+#[cfg(feature = "service")]
 pub mod stats;
+pub mod table;
 pub mod zran;

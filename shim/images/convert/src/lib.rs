@@ -2,5 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod check;
+pub mod convert;
 pub mod files;
+pub mod layout;
+pub mod name;
+pub mod oci;
+pub mod progress;
 pub mod rafs;
+pub mod remote;
+pub mod store;
+pub mod tar;

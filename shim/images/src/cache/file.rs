@@ -23,8 +23,8 @@ use rustix::fs::FlockOperation;
 use vmm_api::image::{ready_map_bytes, ready_map_offset};
 
 use super::flight::Flights;
-use super::table::{Contradiction, Table};
 use crate::rafs::BlobTable;
+use crate::table::{Contradiction, Table};
 
 const CLEAN: &str = "clean";
 

@@ -2,7 +2,6 @@
 
 mod file;
 mod flight;
-mod table;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,9 +17,9 @@ use tokio::sync::Mutex;
 
 pub use file::{CacheFile, FileError};
 pub use flight::{Failure, Flight, Landed, Pilot};
-pub use table::{Contradiction, Table};
 
 use crate::rafs::BlobTable;
+use crate::table::Contradiction;
 
 /// Most files of one blob: each beyond the first is of images that contradict each other.
 const MAX_VARIANTS: u32 = 64;

@@ -1,6 +1,6 @@
 //! Where the bytes of blobs come from.
 
-mod auth;
+pub mod auth;
 mod folder;
 mod limit;
 mod registry;

@@ -1,6 +1,7 @@
 //! The image service from the outside: images made by the converter, read as a VMM reads them.
 
 mod client;
+mod converted;
 mod crash;
 mod local;
 mod registry;
