@@ -77,6 +77,61 @@ pub struct Snapshot {
     pub evicted: u64,
 }
 
+impl Snapshot {
+    /// For people: what was fetched, from where, and how long VMs waited.
+    pub fn report(&self) -> String {
+        let mib = |bytes: u64| format!("{}.{} MiB", bytes >> 20, ((bytes >> 10) & 1023) * 10 / 1024);
+        let mut lines = vec![
+            format!("images open     {}", self.images),
+            format!(
+                "cache           {} on the disk, {} files removed for room",
+                mib(self.cache_bytes),
+                self.evicted
+            ),
+            format!(
+                "chunks fetched  {}, {} (of them {} before anybody asked), {} with a wrong digest",
+                self.chunks,
+                mib(self.chunk_bytes),
+                mib(self.ahead_bytes),
+                self.tampered
+            ),
+        ];
+        for (name, from) in &self.from {
+            let From { reads, bytes, retries, failures } = from;
+            lines.push(format!("from {name}"));
+            lines.push(format!(
+                "                {reads} reads, {}, {retries} tried again, {failures} failed",
+                mib(*bytes)
+            ));
+        }
+        let average = self.waits.total_us.checked_div(self.waits.count()).unwrap_or(0);
+        lines.push(format!(
+            "VMs waited      {} times, {} of them for an error; {} on average, {} at most",
+            self.wishes,
+            self.refused,
+            time(average),
+            time(self.waits.longest_us)
+        ));
+        for (at, count) in self.waits.classes.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let class = match BOUNDS_US.get(at) {
+                Some(bound) => format!("up to {}", time(*bound)),
+                None => "longer".to_owned(),
+            };
+            lines.push(format!("  {class:<14}{count}"));
+        }
+        lines.join("\n") + "\n"
+    }
+}
+
+/// A time in the unit that suits it.
+fn time(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => format!("{} ms", us / 1_000),
+        _ => format!("{} s", us / 1_000_000),
+    }
+}
+
 /// The counters.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -146,6 +201,9 @@ mod tests {
         let got = stats.snapshot((1, 2));
         assert_eq!((got.waits.classes[0], got.waits.classes[1]), (2, 1));
         assert_eq!((got.waits.classes[10], got.waits.classes[11]), (1, 1));
+        let report = got.report();
+        assert!(report.contains("up to 100 us  2\n") && report.contains("longer        1\n"), "{report}");
+        assert!(report.contains("from a\n"), "{report}");
         assert_eq!((got.wishes, got.refused, got.from["a"].bytes, got.evicted), (5, 1, 7, 2));
     }
 }

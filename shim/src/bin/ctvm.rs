@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use shim::cli::{Failure, check, exec, logs, metrics, ps, resize, run, top};
+use shim::cli::{Failure, check, exec, image, logs, metrics, ps, resize, run, top};
 use shim::error::chain;
 use shim::vmm::ControlSlot;
 
@@ -44,6 +44,9 @@ enum Command {
     Run(run::Run),
     /// Say what this host has and lacks, and what to do
     Check,
+    /// Images that start before they are downloaded: make, check and serve them
+    #[command(subcommand, after_help = IMAGE_EXAMPLES)]
+    Image(image::Image),
 }
 
 const EXAMPLES: &str = "\
@@ -126,6 +129,13 @@ Examples:
   One sandbox, without ctvm:
     curl --unix-socket /run/ctvm/NAMESPACE/ID/metrics.sock http://ctvm/metrics";
 
+const IMAGE_EXAMPLES: &str = "\
+Examples:
+  ctvm image convert registry.example/app:1 registry.example/app:1-nydus
+  ctvm image check registry.example/app:1-nydus
+  ctvm image serve --config /etc/ctvm/images.toml
+  ctvm image stat";
+
 const RUN_EXAMPLES: &str = "\
 Examples:
   A kernel and an image, two CPUs, half a gigabyte:
@@ -155,6 +165,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(failure) => Err(failure),
         },
+        Command::Image(image) => Err(image::run(image)),
         Command::Ps(options) => ps::run(&options),
         Command::Top(options) => top::run(&options),
         Command::Logs(options) => logs::logs(&options),

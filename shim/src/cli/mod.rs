@@ -35,6 +35,7 @@ use crate::vmm::VmmError;
 pub mod check;
 pub mod console;
 pub mod exec;
+pub mod image;
 pub mod logs;
 pub mod merge;
 pub mod metrics;

@@ -75,6 +75,20 @@ pub fn host_programs() -> Result<[PathBuf; 4]> {
     Ok(programs.map(|name| target().join("release").join(name)))
 }
 
+/// The node's image service and the image converter as they ship.
+pub fn image_programs() -> Result<[PathBuf; 2]> {
+    run(cargo("build").args([
+        "--profile",
+        "service",
+        "--bins",
+        "--package",
+        "images",
+        "--package",
+        "convert",
+    ]))?;
+    Ok(["ctvm-images", "ctvm-convert"].map(|name| target().join("service").join(name)))
+}
+
 /// The benchmark harness.
 pub fn bench() -> Result<PathBuf> {
     run(cargo("build").args(["--release", "--bins", "--package", "benches"]))?;

@@ -36,11 +36,12 @@ impl Product {
         let kernel = guest::kernel(cache, flavour)?;
         let agent = step("build the agent", build::agent)?;
         let programs = step("build monitor, shim and command line", build::host_programs)?;
+        let images = step("build image service and converter", build::image_programs)?;
         let rootfs = guest::rootfs(cache, &agent)?;
         let image = container_image::get(cache, &Apt::open(cache)?)?;
         let product = Self { folder: cache.folder("run")?.join(format!(".product-{}", std::process::id())) };
         let _ = fs::remove_dir_all(&product.folder); // of an earlier process with our number
-        for program in &programs {
+        for program in programs.iter().chain(&images) {
             product.add("bin", program)?;
         }
         let Kernel { vmlinux, bzimage } = kernel;

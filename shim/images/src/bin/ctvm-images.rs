@@ -1,5 +1,7 @@
 //! `ctvm-images`: the node's image service.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,7 +9,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use images::config::Config;
-use images::service::{Service, chain};
+use images::service::{STAT_SOCKET, Service, chain};
+use images::stats::Snapshot;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The node's image service: images start before they are downloaded
@@ -32,12 +35,22 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
+    /// Say what was fetched, from where, and how long VMs waited
+    Stat {
+        /// Folder of the cache
+        #[arg(long, default_value = "/var/lib/ctvm/images")]
+        root: PathBuf,
+        /// All counters as JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> ExitCode {
     images::logger::install();
     let done = match Arguments::parse().command {
         Command::Serve { root, socket, config } => serve(&root, &socket, config.as_deref()),
+        Command::Stat { root, json } => stat(&root, json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,6 +59,21 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn stat(root: &Path, json: bool) -> Result<()> {
+    let socket = root.join(STAT_SOCKET);
+    let mut text = String::new();
+    UnixStream::connect(&socket)
+        .and_then(|mut stream| stream.read_to_string(&mut text))
+        .with_context(|| format!("ask the image service at {}", socket.display()))?;
+    if json {
+        println!("{text}");
+        return Ok(());
+    }
+    let counters: Snapshot = serde_json::from_str(&text).context("understand the image service")?;
+    print!("{}", counters.report());
+    Ok(())
 }
 
 fn serve(root: &Path, socket: &Path, config: Option<&Path>) -> Result<()> {

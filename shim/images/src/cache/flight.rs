@@ -69,7 +69,10 @@ pub struct Flights(HashMap<u64, Flight>);
 impl Flights {
     /// The flight that brings a chunk.
     pub fn get(&self, offset: u64) -> Option<Flight> {
-        self.0.get(&offset).filter(|flight| flight.landed.borrow().is_none()).cloned()
+        // One whose pilot is lost will not land.
+        let flies =
+            |flight: &&Flight| flight.landed.borrow().is_none() && flight.landed.has_changed().is_ok();
+        self.0.get(&offset).filter(flies).cloned()
     }
 
     /// Begins one.
@@ -83,5 +86,23 @@ impl Flights {
     /// Forgets one that has ended.
     pub fn end(&mut self, offset: u64) {
         self.0.remove(&offset);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lost_pilot_is_a_failure_and_another_may_fly() {
+        let mut flights = Flights::default();
+        let (pilot, flight) = flights.begin(7, 1);
+        assert!(flights.get(7).is_some() && flights.get(8).is_none());
+        drop(pilot);
+        assert!(flight.landed().await.is_err());
+        assert!(flights.get(7).is_none(), "nobody waits for it");
+        let (pilot, flight) = flights.begin(7, 2);
+        pilot.land(Ok(()));
+        assert!(flight.landed().await.is_ok());
     }
 }

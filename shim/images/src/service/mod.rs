@@ -76,7 +76,15 @@ impl Service {
             .map_err(io("keep others out of", root))?;
         let path = root.join("lock");
         let lock = File::create(&path).map_err(io("open", &path))?;
-        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        // The one before may be about to end.
+        let taken = || rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err();
+        let pause = Duration::from_millis(50);
+        if (0..20).all(|_| {
+            taken() && {
+                std::thread::sleep(pause);
+                true
+            }
+        }) {
             return Err(ServiceError::Taken(root.to_owned()));
         }
         trace::tidy(&traces);

@@ -221,3 +221,43 @@ fn a_proxy_is_gone_around_only_where_it_may_be() {
     assert_eq!(client.fetch(0, 80, 1), EIO, "this one has nothing");
     assert!(proxy.state().log[0].contains(&format!("GET http://{}/v2/a/b/blobs/", registry.address)));
 }
+
+#[test]
+fn a_registry_with_https_is_believed_by_its_authority() {
+    let sample = Sample::new();
+    let built = sample.build_v6();
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(made.key_pair.serialize_der().into());
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .expect("a server");
+    let server = std::sync::Arc::new(server);
+    let registry = Registry::wrapped(std::sync::Arc::new(move |stream| {
+        let connection = rustls::ServerConnection::new(std::sync::Arc::clone(&server)).ok()?;
+        Some(Box::new(rustls::StreamOwned::new(connection, stream)))
+    }));
+    registry.add(&sample.blobs());
+    let authority = sample.folder.path().join("ca.pem");
+    std::fs::write(&authority, made.cert.pem()).expect("a file");
+    let host = format!("localhost:{}", registry.address.port());
+    let rule = format!(
+        "[fetch]\nread_ahead_kib = 0\nprefetch = false\npatience_s = 1\n[[registry]]\nhost = \"{host}\"\nca = {authority:?}"
+    );
+    let config = |more: &str| {
+        format!(
+            r#"{{"backend": {{"type": "registry", "registry": {{"host": "{host}", "repo": "a/b"{more}}}}}}}"#
+        )
+    };
+    let strangers = Running::plain();
+    let client = strangers.open(&built.bootstrap, &config(""));
+    assert_eq!(client.fetch(0, 0, 1), EIO, "nobody answers for it");
+    let client = strangers.open(&built.bootstrap, &config(r#", "skip_verify": true"#));
+    assert_eq!(client.fetch(0, 0, 1), 0, "it was said not to matter");
+    let running = Running::with(&rule);
+    let client = running.open(&built.bootstrap, &config(""));
+    sample.compare(&built.bootstrap, &client);
+}
