@@ -18,4 +18,6 @@ pub mod source;
 #[cfg(feature = "service")]
 pub mod stats;
 pub mod table;
+#[cfg(feature = "service")]
+pub mod users;
 pub mod zran;

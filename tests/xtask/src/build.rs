@@ -68,25 +68,17 @@ pub fn agent() -> Result<PathBuf> {
 }
 
 /// The host's programs as they ship: monitor, shim, operator's command line.
-pub fn host_programs() -> Result<[PathBuf; 4]> {
-    let packages = ["--package", "vmm", "--package", "shim", "--package", "snapshotter"];
-    run(cargo("build").args(["--release", "--bins"]).args(packages))?;
-    let programs = ["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm", "ctvm-snapshotter"];
-    Ok(programs.map(|name| target().join("release").join(name)))
+pub fn host_programs() -> Result<[PathBuf; 3]> {
+    run(cargo("build").args(["--release", "--bins", "--package", "vmm", "--package", "shim"]))?;
+    Ok(["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm"].map(|name| target().join("release").join(name)))
 }
 
-/// The node's image service and the image converter as they ship.
-pub fn image_programs() -> Result<[PathBuf; 2]> {
-    run(cargo("build").args([
-        "--profile",
-        "service",
-        "--bins",
-        "--package",
-        "images",
-        "--package",
-        "convert",
-    ]))?;
-    Ok(["ctvm-images", "ctvm-convert"].map(|name| target().join("service").join(name)))
+/// The node's image service, the snapshotter and the image converter as they ship.
+pub fn image_programs() -> Result<[PathBuf; 4]> {
+    let packages = ["images", "convert", "snapshotter"].map(|name| ["--package", name]).concat();
+    run(cargo("build").args(["--profile", "service", "--bins"]).args(packages))?;
+    let programs = ["ctvm-images", "ctvm-convert", "ctvm-snapshotter", "nydus-overlayfs"];
+    Ok(programs.map(|name| target().join("service").join(name)))
 }
 
 /// The benchmark harness.

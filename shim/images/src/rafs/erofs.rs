@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 
 use super::bytes::{u16_at, u32_at, u64_at};
+use super::lookup::Extent;
 use super::{BlobTable, Bytes, ChunkRef, MAX_PREFETCH_FILES, RafsError, chunk_at};
 
 const BLOCK: u64 = 4096;
@@ -15,6 +16,14 @@ pub struct Erofs<'a> {
     /// Where inode 0 would be.
     inodes: u64,
     blobs: &'a [BlobTable],
+}
+
+/// The chunks of a regular file.
+struct Chunks {
+    /// Bytes of each but the last.
+    size: u64,
+    /// Where each is, blob and offset in it; none is a hole.
+    places: Vec<Option<(u32, u64)>>,
 }
 
 struct Inode {
@@ -51,9 +60,8 @@ impl<'a> Erofs<'a> {
                     chunks.extend(fresh.filter(|chunk| known.insert(*chunk)));
                 }
                 0o040_000 => {
-                    let mut children = self.folder(&inode).unwrap_or_default();
-                    children.reverse();
-                    open.extend(children);
+                    let children = self.folder(&inode).unwrap_or_default();
+                    open.extend(children.iter().rev().map(|(_, nid)| nid));
                 }
                 _ => {}
             }
@@ -82,24 +90,66 @@ impl<'a> Erofs<'a> {
     }
 
     fn file(&self, inode: &Inode) -> Result<Vec<ChunkRef>, RafsError> {
-        const CHUNK_BASED: u16 = 4;
-        const INDEXES: u32 = 0x20;
-        if inode.layout != CHUNK_BASED || inode.union & INDEXES == 0 {
-            return Ok(Vec::new());
-        }
-        let chunk_size = BLOCK << (inode.union & 0x1f);
-        let indexes = inode.tail.next_multiple_of(8);
-        let count = inode.size.div_ceil(chunk_size);
-        let records = self.bytes.records::<8>(WHAT, indexes, count.saturating_mul(8))?;
-        let chunk = |record: &[u8; 8]| {
-            let device = u16_at(record, 2) & 0xff;
-            let offset = u64::from(u32_at(record, 4)) * BLOCK;
-            chunk_at(self.blobs, u32::from(device.checked_sub(1)?), offset)
-        };
-        Ok(records.iter().filter_map(chunk).collect())
+        let chunk = |(blob, offset): (u32, u64)| chunk_at(self.blobs, blob, offset);
+        Ok(self.chunks(inode)?.places.into_iter().flatten().filter_map(chunk).collect())
     }
 
-    fn folder(&self, inode: &Inode) -> Result<Vec<u64>, RafsError> {
+    fn chunks(&self, inode: &Inode) -> Result<Chunks, RafsError> {
+        const CHUNK_BASED: u16 = 4;
+        const INDEXES: u32 = 0x20;
+        const HOLE: u32 = u32::MAX;
+        if inode.layout != CHUNK_BASED || inode.union & INDEXES == 0 {
+            return Ok(Chunks { size: BLOCK, places: Vec::new() });
+        }
+        let size = BLOCK << (inode.union & 0x1f);
+        let indexes = inode.tail.next_multiple_of(8);
+        let count = inode.size.div_ceil(size);
+        let records = self.bytes.records::<8>(WHAT, indexes, count.saturating_mul(8))?;
+        let place = |record: &[u8; 8]| {
+            let (device, block) = (u16_at(record, 2) & 0xff, u32_at(record, 4));
+            let blob = u32::from(device.checked_sub(1)?);
+            (block != HOLE).then_some((blob, u64::from(block) * BLOCK))
+        };
+        Ok(Chunks { size, places: records.iter().map(place).collect() })
+    }
+
+    /// The inode of this name in a folder.
+    pub fn child(&self, folder: u64, name: &[u8]) -> Result<Option<u64>, RafsError> {
+        let inode = self.inode(folder)?;
+        if inode.mode & 0o170_000 != 0o040_000 {
+            return Ok(None);
+        }
+        Ok(self.folder(&inode)?.into_iter().find(|(other, _)| *other == name).map(|(_, nid)| nid))
+    }
+
+    /// Where the bytes of a regular file of at most `max` are.
+    pub fn extents(&self, nid: u64, max: u64) -> Result<Option<Vec<Extent>>, RafsError> {
+        let inode = self.inode(nid)?;
+        if inode.mode & 0o170_000 != 0o100_000 {
+            return Ok(None);
+        }
+        if inode.size > max {
+            return Err(RafsError::Value {
+                what: "a file's size",
+                value: inode.size,
+                limit: "more than 4 MiB",
+            });
+        }
+        let Chunks { size, places } = self.chunks(&inode)?;
+        let mut left = inode.size;
+        let extents = places.into_iter().map(|place| {
+            let len = left.min(size);
+            left -= len;
+            let (blob, offset) = place.unzip();
+            Extent { blob, offset: offset.unwrap_or(0), len }
+        });
+        let extents = extents.collect();
+        let whole =
+            RafsError::Value { what: "a file's layout", value: inode.layout.into(), limit: "not by chunks" };
+        if left == 0 { Ok(Some(extents)) } else { Err(whole) }
+    }
+
+    fn folder(&self, inode: &Inode) -> Result<Vec<(&'a [u8], u64)>, RafsError> {
         const INLINE: u16 = 2;
         let mut children = Vec::new();
         let first = u64::from(inode.union) * BLOCK;
@@ -121,7 +171,7 @@ impl<'a> Erofs<'a> {
                 let name = block.get(name..behind).unwrap_or_default();
                 let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
                 if name != b"." && name != b".." {
-                    children.push(u64_at(entry, 0));
+                    children.push((name, u64_at(entry, 0)));
                 }
             }
             if children.len() > MAX_PREFETCH_FILES {

@@ -6,6 +6,7 @@
 pub mod blob_meta;
 mod bytes;
 mod erofs;
+pub mod lookup;
 mod v5;
 mod v6;
 

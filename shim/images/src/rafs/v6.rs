@@ -169,7 +169,17 @@ fn prefetch(bytes: Bytes, blobs: &[BlobTable]) -> Result<Vec<super::ChunkRef>, R
         return Ok(Vec::new());
     }
     let records = bytes.records::<4>("prefetch table", table, u64::from(size))?;
-    let root = u64::from(bytes.u32("superblock", SUPER + 40)?) * 4096;
+    let inodes = inodes(bytes)?;
     let nids = records.iter().map(|nid| u64::from(u32::from_le_bytes(*nid))).filter(|nid| *nid != 0);
-    Ok(Erofs::new(bytes, root, blobs).chunks_of(nids))
+    Ok(Erofs::new(bytes, inodes, blobs).chunks_of(nids))
+}
+
+/// Where inode 0 would be.
+fn inodes(bytes: Bytes) -> Result<u64, RafsError> {
+    Ok(u64::from(bytes.u32("superblock", SUPER + 40)?) * 4096)
+}
+
+/// Where inode 0 would be, and the number of the root's.
+pub fn roots(bytes: Bytes) -> Result<(u64, u64), RafsError> {
+    Ok((inodes(bytes)?, u64::from(bytes.u16("superblock", SUPER + 14)?)))
 }
