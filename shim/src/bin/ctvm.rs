@@ -47,6 +47,8 @@ enum Command {
     /// Images that start before they are downloaded: make, check and serve them
     #[command(subcommand, after_help = IMAGE_EXAMPLES)]
     Image(image::Image),
+    /// Serve containerd's snapshots, with Nydus images that are not unpacked
+    Snapshotter(image::Rest),
 }
 
 const EXAMPLES: &str = "\
@@ -166,6 +168,7 @@ fn main() -> ExitCode {
             Err(failure) => Err(failure),
         },
         Command::Image(image) => Err(image::run(image)),
+        Command::Snapshotter(rest) => Err(image::snapshotter(rest)),
         Command::Ps(options) => ps::run(&options),
         Command::Top(options) => top::run(&options),
         Command::Logs(options) => logs::logs(&options),

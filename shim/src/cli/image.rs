@@ -1,4 +1,4 @@
-//! `ctvm image`: hands over to the programs that know images, which lie beside this one. What they bring (HTTP, TLS, the Nydus builder)
+//! `ctvm image` and `ctvm snapshotter`: hand over to the programs that know images, which lie beside this one. What they bring (HTTP, TLS, the Nydus builder)
 //! is not in here.
 
 use std::ffi::OsString;
@@ -40,15 +40,26 @@ pub struct Rest {
 /// # Errors
 /// [`Failure::File`] where there is no such program.
 pub fn run(image: Image) -> Failure {
-    let (program, command, rest) = match image {
-        Image::Convert(rest) => ("ctvm-convert", "convert", rest),
-        Image::Folder(rest) => ("ctvm-convert", "folder", rest),
-        Image::Check(rest) => ("ctvm-convert", "check", rest),
-        Image::Stat(rest) => ("ctvm-images", "stat", rest),
-        Image::Serve(rest) => ("ctvm-images", "serve", rest),
-    };
+    match image {
+        Image::Convert(rest) => become_("ctvm-convert", Some("convert"), rest),
+        Image::Folder(rest) => become_("ctvm-convert", Some("folder"), rest),
+        Image::Check(rest) => become_("ctvm-convert", Some("check"), rest),
+        Image::Stat(rest) => become_("ctvm-images", Some("stat"), rest),
+        Image::Serve(rest) => become_("ctvm-images", Some("serve"), rest),
+    }
+}
+
+/// The same for `ctvm snapshotter`.
+///
+/// # Errors
+/// As [`run`].
+pub fn snapshotter(rest: Rest) -> Failure {
+    become_("ctvm-snapshotter", None, rest)
+}
+
+fn become_(program: &str, command: Option<&str>, rest: Rest) -> Failure {
     let path = beside(program).unwrap_or_else(|_| program.into());
-    let source = Command::new(&path).arg(command).args(rest.arguments).exec();
+    let source = Command::new(&path).args(command).args(rest.arguments).exec();
     Failure::File { what: "start", path, source }
 }
 
