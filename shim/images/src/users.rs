@@ -14,7 +14,7 @@ use vmm_api::frame::{self, FrameError};
 use vmm_api::image::{BLOCK, Fetch, Fetched, MAX_FETCH_BLOCKS, OpenReply, OpenRequest, OpenedImage};
 
 use crate::rafs::lookup::{Extent, extents_of};
-use crate::rafs::{Image, RafsError};
+use crate::rafs::{Image, MAX_BOOTSTRAP, RafsError};
 
 /// What is looked up, from the image's root.
 pub const FILES: [&str; 2] = ["etc/passwd", "etc/group"];
@@ -91,8 +91,12 @@ impl Reader {
         };
         let mut files = packet.fds.into_iter().map(fs::File::from);
         let first = files.next().ok_or_else(|| UsersError::Answer("no bootstrap".to_owned()))?;
-        let mut bootstrap = Vec::new();
-        io::Read::read_to_end(&mut &first, &mut bootstrap)?;
+        let bytes = first.metadata()?.len();
+        let len = usize::try_from(bytes).ok().filter(|_| bytes <= MAX_BOOTSTRAP);
+        let len = len.ok_or_else(|| UsersError::Answer(format!("a bootstrap of {bytes} bytes")))?;
+        // The service has read it by the same description, which stands at its end.
+        let mut bootstrap = vec![0; len];
+        first.read_exact_at(&mut bootstrap, 0)?;
         let image = Image::parse(&bootstrap)?;
         Ok(Reader { service, bootstrap, image, opened, files: files.collect() })
     }

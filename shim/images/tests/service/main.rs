@@ -8,3 +8,4 @@ mod registry;
 mod remote;
 mod room;
 mod sample;
+mod users;
