@@ -1,10 +1,13 @@
 //! One request: the buffers of a descriptor chain, as slices of guest memory.
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemory as _, VolatileSlice};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
 
 use super::{QueueError, Reader, Writer};
 use crate::GuestMemory;
+
+/// Bytes of a descriptor (virtio 1.2, 2.7.5).
+const DESCRIPTOR: u32 = 16;
 
 /// A chain whose buffers all lie in guest memory: first those that the device reads, then those it writes
 /// (virtio 1.2, 2.7.4.2), no more of them than the queue has descriptors, no more than 2^32 bytes.
@@ -12,25 +15,26 @@ use crate::GuestMemory;
 /// Buffers of length zero carry nothing and are left out.
 #[derive(Debug)]
 pub struct Chain<'m> {
-    raw: DescriptorChain<&'m GuestMemory>,
+    head: u16,
     readable: Vec<VolatileSlice<'m>>,
     writable: Vec<VolatileSlice<'m>>,
 }
 
 impl<'m> Chain<'m> {
+    /// Checks the chain of `descriptors` that begins at `head`.
     pub(super) fn check(
-        raw: DescriptorChain<&'m GuestMemory>,
+        head: u16,
+        descriptors: impl Iterator<Item = Descriptor>,
         memory: &'m GuestMemory,
         limit: u16,
     ) -> Result<Self, QueueError> {
-        let head = raw.head_index();
-        let mut chain = Chain { raw: raw.clone(), readable: Vec::new(), writable: Vec::new() };
+        let mut chain = Chain { head, readable: Vec::new(), writable: Vec::new() };
         let mut count = 0;
         let mut complete = false;
         let mut writable = false;
 
-        // `DescriptorChain` ends silently where a chain breaks off; the last descriptor tells (2.7.5: NEXT).
-        for descriptor in raw {
+        // The iterator ends silently where a chain breaks off; the last descriptor tells (2.7.5: NEXT).
+        for descriptor in descriptors {
             if count == usize::from(limit) {
                 return Err(QueueError::TooLong { head, limit });
             }
@@ -53,7 +57,7 @@ impl<'m> Chain<'m> {
 
     /// Names the chain in `push_used`.
     pub fn head(&self) -> u16 {
-        self.raw.head_index()
+        self.head
     }
 
     /// What the driver wrote, and where the driver wants its answer.
@@ -76,10 +80,55 @@ impl<'m> Chain<'m> {
         let bytes = |slices: &[VolatileSlice<'m>]| slices.iter().map(VolatileSlice::len).sum();
         (bytes(&self.readable), bytes(&self.writable))
     }
+}
 
-    /// The descriptors, for a library that walks the chain by itself. It reads them from guest memory again, where
-    /// they may have changed, and so must check them again.
-    pub fn descriptors(&self) -> DescriptorChain<&'m GuestMemory> {
-        self.raw.clone()
+/// The descriptors of a chain by its head alone. `virtio-queue` walks chains too, but only one that it has just popped.
+#[derive(Debug)]
+pub(super) struct Walk<'m> {
+    memory: &'m GuestMemory,
+    /// Address and entries of the table.
+    table: (GuestAddress, u32),
+    /// Entry to come.
+    next: Option<u16>,
+    /// Entries that may still come from this table: more would be a loop.
+    left: u32,
+    bytes: u32,
+    is_indirect: bool,
+}
+
+impl<'m> Walk<'m> {
+    /// The chain that begins at `head` of a queue's table of `size` descriptors.
+    pub(super) fn new(memory: &'m GuestMemory, table: u64, size: u16, head: u16) -> Self {
+        let entries = u32::from(size);
+        let table = (GuestAddress(table), entries);
+        Walk { memory, table, next: Some(head), left: entries, bytes: 0, is_indirect: false }
+    }
+
+    fn load(&self) -> Option<Descriptor> {
+        let index = self.next.filter(|index| u32::from(*index) < self.table.1 && self.left > 0)?;
+        let at = self.table.0.0.checked_add(u64::from(index) * u64::from(DESCRIPTOR))?;
+        self.memory.read_obj(GuestAddress(at)).ok()
+    }
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Descriptor;
+
+    fn next(&mut self) -> Option<Descriptor> {
+        let mut found = self.load()?;
+        if found.refers_to_indirect_table() {
+            // 2.7.5.3.1: not in one, and of whole descriptors. 2^16 entries are all that `next` can name.
+            let entries = found.len() / DESCRIPTOR;
+            if self.is_indirect || found.len() % DESCRIPTOR != 0 || entries > u32::from(u16::MAX) {
+                return None;
+            }
+            self.table = (found.addr(), entries);
+            (self.next, self.left, self.is_indirect) = (Some(0), entries, true);
+            found = self.load().filter(|first| !first.refers_to_indirect_table())?;
+        }
+        self.bytes = self.bytes.checked_add(found.len())?;
+        self.left -= 1;
+        self.next = found.has_next().then_some(found.next());
+        Some(found)
     }
 }

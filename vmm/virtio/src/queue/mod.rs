@@ -29,6 +29,7 @@ pub use state::{QueueState, SetupError};
 use crate::GuestMemory;
 use crate::irq::Interrupt;
 use crate::rate::GUEST_ERRORS;
+use chain::Walk;
 
 /// Why a queue broke.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +137,23 @@ impl Queue {
         })
     }
 
+    /// A chain that an earlier `pop` gave, by its head, and that has not been used yet: looked up and checked anew, since the
+    /// driver may have changed it. For a device that answers later, and holds no slice of guest memory meanwhile. `None` if the
+    /// queue is broken, or breaks over this.
+    pub fn again<'m>(&mut self, memory: &'m GuestMemory, head: u16) -> Option<Chain<'m>> {
+        if !self.is_live() {
+            return None;
+        }
+        let walk = Walk::new(memory, self.ring.desc_table(), self.ring.size(), head);
+        Chain::check(head, walk, memory, self.ring.size()).map_or_else(
+            |e| {
+                self.fail(&e);
+                None
+            },
+            Some,
+        )
+    }
+
     /// Puts back the chain that the last `pop` gave, unused. It comes again with the next `pop`. Several calls put back as
     /// many chains, if none of them was used.
     pub fn undo_pop(&mut self) {
@@ -216,7 +234,7 @@ impl Queue {
                     self.ring.disable_notification(memory)?;
                     self.quiet = true;
                 }
-                return Chain::check(chain, memory, self.ring.size()).map(Some);
+                return Chain::check(chain.head_index(), chain, memory, self.ring.size()).map(Some);
             }
             self.quiet = false;
             if !self.ring.enable_notification(memory)? {

@@ -268,6 +268,45 @@ fn malformed_chains_break_the_queue_and_only_those() {
     }
 }
 
+/// By a head alone a chain is what it was when it was popped, or is refused for the same reason.
+#[test]
+fn a_chain_is_found_again_by_its_head() {
+    let same = |guest: &Guest, name: &str| {
+        let table = guest.queues[0].state().desc_table;
+        let mut ring = guest.queues[0].state().to_ring(&guest.memory).unwrap();
+        let raw = ring.iter(&guest.memory).unwrap().next().unwrap();
+        let head = raw.head_index();
+        let popped = Chain::check(head, raw, &guest.memory, SIZE);
+        let again = Chain::check(head, Walk::new(&guest.memory, table, SIZE, head), &guest.memory, SIZE);
+        let say = |chain: Result<Chain<'_>, QueueError>| match chain {
+            Ok(chain) => format!("{:?}", (chain.head(), chain.lens(), chain.writable().len())),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(say(popped), say(again), "{name}");
+    };
+    for (name, make) in CASES {
+        let (mut guest, _) = guest(true);
+        make(&mut guest, 0);
+        same(&guest, name);
+    }
+    let buffers = [Buffer::Out(vec![1; 70]), Buffer::In(9), Buffer::In(80)];
+    let (mut guest, mut queue) = guest(true);
+    let (heap, fake) = (&mut guest.heap, &mut guest.queues[0]);
+    let heads = [fake.add_indirect(heap, &buffers), fake.add(heap, &buffers)];
+    same(&guest, "good");
+    for head in heads {
+        assert_eq!(queue.pop(&guest.memory).unwrap().head(), head);
+    }
+    // In any order, and only while the queue is whole.
+    for head in [heads[1], heads[0]] {
+        assert_eq!(queue.again(&guest.memory, head).unwrap().lens(), (70, 89));
+        queue.push_used(&guest.memory, head, 1);
+        assert_eq!(guest.queues[0].take_used().unwrap().head, head);
+    }
+    assert!(queue.again(&guest.memory, SIZE).is_none());
+    assert!(guest.interrupt.needs_reset() && queue.again(&guest.memory, heads[0]).is_none());
+}
+
 #[test]
 fn an_available_index_out_of_reach_breaks_the_queue() {
     for index in [SIZE + 1, 0x8000, u16::MAX] {
