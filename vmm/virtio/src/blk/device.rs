@@ -8,50 +8,20 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{Immutable, IntoBytes};
+use zerocopy::IntoBytes;
 
-use super::request::{
-    Limits, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, Request, SIZE_MAX,
-};
-use super::{BlkMetrics, BlkState, Disk, SECTOR};
+use super::request::{Limits, Request};
+use super::space::{MAX_DATA, QUEUE_SIZE, config_space};
+use super::{BlkMetrics, BlkState, Disk};
 use crate::device::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::queue::{Chain, QueueState};
 use crate::rate::GUEST_ERRORS;
 use crate::work::Work;
 
-/// Descriptors of a queue.
-const QUEUE_SIZE: u16 = 256;
-/// Most data buffers in a request: all descriptors but those of header and status.
-const SEG_MAX: u16 = QUEUE_SIZE - 2;
 /// Requests done at a stretch, before other devices have their turn.
 const BUDGET_REQUESTS: u32 = 64;
 /// Bytes moved at a stretch, or as much in other work ([`Request::cost`]); the request that goes past it is still done.
 const BUDGET_BYTES: u64 = 4 << 20;
-/// Least unit that is worth discarding, in sectors: a page of the host.
-const DISCARD_ALIGNMENT: u32 = 8;
-
-/// The configuration space up to the last field that a feature of ours shows (virtio 1.2, 5.2.4).
-#[derive(Debug, IntoBytes, Immutable)]
-#[repr(C)]
-struct Config {
-    capacity: U64,
-    size_max: U32,
-    seg_max: U32,
-    geometry: [u8; 4],
-    blk_size: U32,
-    topology: [u8; 8],
-    writeback: u8,
-    unused0: u8,
-    num_queues: U16,
-    max_discard_sectors: U32,
-    max_discard_seg: U32,
-    discard_sector_alignment: U32,
-    max_write_zeroes_sectors: U32,
-    max_write_zeroes_seg: U32,
-    write_zeroes_may_unmap: u8,
-    unused1: [u8; 3],
-}
 
 /// A disk of the guest.
 #[derive(Debug)]
@@ -119,11 +89,7 @@ impl Blk {
 
 impl Service {
     fn limits(&self) -> Limits {
-        Limits {
-            sectors: self.disk.sectors(),
-            read_only: self.disk.is_read_only(),
-            max_data: u64::from(SEG_MAX) * u64::from(SIZE_MAX),
-        }
+        Limits { sectors: self.disk.sectors(), read_only: self.disk.is_read_only(), max_data: MAX_DATA }
     }
 
     /// Does a request and writes its status. Tells how many bytes were written in all, or `None` if there is no room
@@ -221,24 +187,7 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = Config {
-            capacity: self.service.disk.sectors().into(),
-            size_max: SIZE_MAX.into(),
-            seg_max: u32::from(SEG_MAX).into(),
-            geometry: [0; 4],
-            blk_size: u32::try_from(SECTOR).expect("512").into(),
-            topology: [0; 8],
-            writeback: 0,
-            unused0: 0,
-            num_queues: self.queues.into(),
-            max_discard_sectors: MAX_DISCARD_SECTORS.into(),
-            max_discard_seg: MAX_DISCARD_RANGES.into(),
-            discard_sector_alignment: DISCARD_ALIGNMENT.into(),
-            max_write_zeroes_sectors: MAX_ZEROES_SECTORS.into(),
-            max_write_zeroes_seg: MAX_ZEROES_RANGES.into(),
-            write_zeroes_may_unmap: 1,
-            unused1: [0; 3],
-        };
+        let config = config_space(self.service.disk.sectors(), self.queues);
         read_config_bytes(config.as_bytes(), offset, data);
     }
 

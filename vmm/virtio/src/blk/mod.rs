@@ -16,11 +16,14 @@ mod backend;
 mod device;
 mod metrics;
 mod request;
+mod space;
 mod state;
 
 pub use backend::{Disk, DiskError};
 pub use device::Blk;
 pub use metrics::BlkMetrics;
+pub use request::{BadRequest, Limits, Range, Request};
+pub use space::{MAX_DATA, QUEUE_SIZE, config_space};
 pub use state::BlkState;
 
 /// The unit of `capacity` and `sector`, whatever the block size (virtio 1.2, 5.2.4).

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;
+use crate::blk::SECTOR;
+use crate::blk::request::{MAX_ZEROES_SECTORS, SIZE_MAX};
 use crate::testing::contract::Fixture;
 use crate::testing::{Buffer, Guest, Used};
 
