@@ -16,9 +16,13 @@ fn main() {
     let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("filters.rs");
     let mut source = String::new();
     // A thread inherits the filter of who makes it: what the file server's threads need, their maker needs.
-    for (role, lists) in
-        [("vmm", &["vmm"][..]), ("vcpu", &["vcpu"]), ("fs", &["fs"]), ("plug", &["plug", "fs"])]
-    {
+    for (role, lists) in [
+        ("vmm", &["vmm"][..]),
+        ("vcpu", &["vcpu"]),
+        ("fs", &["fs"]),
+        ("image", &["image"]),
+        ("plug", &["plug", "fs"]),
+    ] {
         let mut rules = Vec::new();
         for list in lists {
             let path = format!("seccomp/{list}.json");

@@ -166,7 +166,7 @@ fn start_ctvm(root: Root<'_>) -> Result<Started> {
     let (console, output) = std::io::pipe()?;
     let (root_file, disks, initrd) = match root {
         Root::Disk => {
-            let disk = DiskConfig { file: FdIndex(1), read_only: true, id: "root".into(), queues: 1 };
+            let disk = DiskConfig::read_only(FdIndex(1), "root");
             (share.join("rootfs.erofs"), vec![disk], None)
         }
         Root::Initrd(path) => (path.to_owned(), vec![], Some(FdIndex(1))),

@@ -409,6 +409,7 @@ fn name_of(op: &Op) -> &'static str {
         Op::Resume => "resume",
         Op::Attach { .. } => "attach",
         Op::Detach { .. } => "detach",
+        Op::ImageChannel { .. } => "image_channel",
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",

@@ -97,7 +97,7 @@ fn parse(args: &[String]) -> Result<Options> {
     config.kernel.image = give(File::open(kernel).with_context(|| (*kernel).to_owned())?.into());
     for disk in disks {
         let file = give(File::open(disk).with_context(|| (*disk).to_owned())?.into());
-        config.disks.push(DiskConfig { file, read_only: true, id: String::new(), queues: 1 });
+        config.disks.push(DiskConfig::read_only(file, ""));
     }
     options.files = files;
     Ok(options)

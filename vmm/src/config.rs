@@ -4,13 +4,18 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use imagefs::image::BlobFile;
 
 use vmm_api::config::{
-    MAX_CMDLINE, MAX_DISKS, MAX_MEMORY_MIB, MAX_NET_PAIRS, MAX_NETS, MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU,
+    MAX_CMDLINE, MAX_DISKS, MAX_IMAGE_WAIT_MS, MAX_MEMORY_MIB, MAX_NET_PAIRS, MAX_NETS, MAX_VCPUS,
+    MIN_MEMORY_MIB, MIN_MTU,
 };
+use vmm_api::image::MAX_BLOBS;
 use vmm_api::{
-    DeviceName, DiskConfig, FdIndex, GuestMemoryBacking, MemoryConfig, NetConfig, PROTOCOL_VERSION, VmConfig,
-    VsockConfig,
+    BlobConfig, DeviceName, DiskConfig, FdIndex, GuestMemoryBacking, ImageConfig, MemoryConfig, NetConfig,
+    PROTOCOL_VERSION, VmConfig, VsockConfig,
 };
 
 const MAX_NAME: usize = 128;
@@ -89,6 +94,12 @@ pub enum ConfigError {
         what: &'static str,
         /// Entry.
         value: u64,
+    },
+    /// What the guest may write is in no image.
+    #[error("disk {id:?} is an image and not read-only")]
+    WritableImage {
+        /// Its serial number.
+        id: String,
     },
     /// A hardware address that no device can have.
     #[error("net.mac is {}, must be unicast and not all zeros", Mac(*.0))]
@@ -204,6 +215,8 @@ pub struct ValidConfig {
     pub balloon: bool,
     /// File share.
     pub fs: Option<vmm_api::FsConfig>,
+    /// There are, or may be, disks that are images.
+    pub images: bool,
     /// Console.
     pub console: Option<Console>,
     /// Where the serial port's bytes go.
@@ -221,6 +234,19 @@ pub struct Disk {
     pub id: String,
     /// Request queues.
     pub queues: u8,
+    /// What comes behind a bootstrap.
+    pub image: Option<Image>,
+}
+
+/// The rest of an image, checked.
+#[derive(Debug)]
+pub struct Image {
+    /// The connection to the image service.
+    pub channel: OwnedFd,
+    /// Cache files.
+    pub blobs: Vec<BlobFile>,
+    /// How long a read may wait.
+    pub wait: Duration,
 }
 
 /// A network device, checked.
@@ -278,6 +304,7 @@ impl ValidConfig {
                 input: optional("console.input", console.input)?,
             }),
         };
+        let images = config.images || config.disks.iter().any(|disk| disk.image.is_some());
         let valid = ValidConfig {
             name: config.name,
             vcpus: config.vcpus,
@@ -296,6 +323,7 @@ impl ValidConfig {
             rng: config.rng,
             balloon: config.balloon,
             fs: config.fs,
+            images,
             console,
             serial,
         };
@@ -343,9 +371,35 @@ impl Disk {
     pub fn take(config: DiskConfig, fds: &mut Fds) -> Result<Self, ConfigError> {
         range("disk.queues", config.queues, 1, MAX_DISK_QUEUES)?;
         text("disk.id", &config.id, 0, MAX_DISK_ID)?;
+        if let Some(image) = &config.image {
+            range("number of image blobs", image.blobs.len() as u64, 0, MAX_BLOBS as u64)?;
+            range("disk.queues of an image", config.queues, 1, 1)?;
+            text("disk.id of an image", &config.id, 1, MAX_DISK_ID)?;
+            if !config.read_only {
+                return Err(ConfigError::WritableImage { id: config.id });
+            }
+        }
         let file = fds.take("disk.file", config.file)?;
-        Ok(Disk { file, read_only: config.read_only, id: config.id, queues: config.queues })
+        let image = config.image.map(|image| Image::take(image, fds)).transpose()?;
+        Ok(Disk { file, read_only: config.read_only, id: config.id, queues: config.queues, image })
     }
+}
+
+impl Image {
+    fn take(config: ImageConfig, fds: &mut Fds) -> Result<Self, ConfigError> {
+        let ImageConfig { channel, blobs, wait_ms } = config;
+        range("disk.image.wait_ms", wait_ms, 1, MAX_IMAGE_WAIT_MS)?;
+        let blobs = take_blobs(blobs, fds)?;
+        let channel = fds.take("disk.image.channel", channel)?;
+        Ok(Image { channel, blobs, wait: Duration::from_millis(wait_ms.into()) })
+    }
+}
+
+/// Checks blobs and takes their descriptors out of `fds`.
+pub fn take_blobs(blobs: Vec<BlobConfig>, fds: &mut Fds) -> Result<Vec<BlobFile>, ConfigError> {
+    range("number of image blobs", blobs.len() as u64, 0, MAX_BLOBS as u64)?;
+    let take = |BlobConfig { file, bytes }| Ok(BlobFile { file: fds.take("blob.file", file)?, bytes });
+    blobs.into_iter().map(take).collect()
 }
 
 impl Net {

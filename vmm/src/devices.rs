@@ -2,15 +2,17 @@
 //!
 //! A vCPU reaches a device's registers through the MMIO bus, under the transport's lock; that happens while a driver
 //! sets up. Notifications come to the main loop as events and interrupts leave as events, so work takes the lock
-//! uncontended. The file system device has threads of its own and its queues never wake the main loop.
+//! uncontended. The file system device and the disks of images have threads of their own, and their queues never wake the
+//! main loop.
 //!
 //! Devices come before the guest runs, or later: then a thread that is confined for just that makes them ([`worker`]), the same
 //! way ([`make`]).
 
 mod blocks;
 mod error;
-mod fs_threads;
+mod images;
 mod make;
+mod threads;
 mod window;
 mod worker;
 
@@ -18,6 +20,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use imagefs::FileServer;
+use imagefs::image::ImageDisk;
+pub use images::ChannelError as ImageChannelError;
 use virtio::balloon::Balloon;
 use virtio::blk::Blk;
 use virtio::console::Console;
@@ -54,6 +58,7 @@ type Shared<D> = Arc<Mutex<MmioTransport<D>>>;
 #[derive(Debug, Clone)]
 enum Device {
     Blk(Shared<Blk>),
+    Image(Shared<ImageDisk>),
     Net(Shared<Net>),
     Vsock(Shared<Vsock>),
     Fs(Shared<Fs>),
@@ -72,6 +77,10 @@ macro_rules! with {
     ($device:expr, |$transport:ident| $body:expr) => {
         match $device {
             Device::Blk(shared) => {
+                let $transport = &mut *lock(shared);
+                $body
+            }
+            Device::Image(shared) => {
                 let $transport = &mut *lock(shared);
                 $body
             }
@@ -147,8 +156,13 @@ impl Devices {
     pub fn new(events: &EventLoop, kvm: &Arc<KvmVm>, ram: &GuestRam, ends: &Arc<Ends>) -> io::Result<Self> {
         let status = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         events.add(&*status, Token::DeviceStatus)?;
-        let host =
-            Host { kvm: Arc::clone(kvm), memory: ram.memory().clone(), ends: Arc::clone(ends), status };
+        let host = Host {
+            kvm: Arc::clone(kvm),
+            memory: ram.memory().clone(),
+            ends: Arc::clone(ends),
+            status,
+            images: None,
+        };
         Ok(Devices {
             slots: (0..layout::VIRTIO_SLOTS).map(|_| None).collect(),
             host,

@@ -6,7 +6,7 @@ use vmm_api::{ApiError, ErrorCode};
 
 use crate::arch::x86_64::kernel::KernelError;
 use crate::config::ConfigError;
-use crate::devices::DeviceError;
+use crate::devices::{DeviceError, ImageChannelError};
 use crate::dials::TooMany;
 use crate::memory::MemoryError;
 use crate::vm::builder::VmError;
@@ -83,6 +83,15 @@ impl Coded for UnmountError {
     fn code(&self) -> ErrorCode {
         match self {
             UnmountError::NotFound { .. } => ErrorCode::NotFound,
+        }
+    }
+}
+
+impl Coded for ImageChannelError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            ImageChannelError::NoImage { .. } => ErrorCode::NotFound,
+            ImageChannelError::Refused { .. } => ErrorCode::InvalidArgument,
         }
     }
 }

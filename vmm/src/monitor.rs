@@ -138,13 +138,25 @@ impl Monitor {
                 None
             }
             Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
-            Token::Backend { slot } => self.with_devices(|devices| devices.on_backend(slot)),
+            Token::Backend { slot } => {
+                self.with_devices(|devices| devices.on_backend(slot));
+                self.tell_of_images();
+                None
+            }
             Token::Upcall => {
                 if let Some(vm) = &mut self.vm {
                     vm.on_upcall(&self.events);
                 }
                 None
             }
+        }
+    }
+
+    /// Tells the owner of images that have lost their connection.
+    fn tell_of_images(&mut self) {
+        let lost = self.vm.as_ref().map(|vm| vm.devices().take_lost_images()).unwrap_or_default();
+        for disk in lost {
+            self.control.event(Event::ImageLost { disk }, vec![]);
         }
     }
 

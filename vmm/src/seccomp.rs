@@ -43,6 +43,8 @@ pub enum Role {
     Vcpu,
     /// The file server's.
     Fs,
+    /// That of disks that are images.
+    Image,
     /// The one that makes devices while the VM runs.
     Plug,
 }
@@ -62,6 +64,7 @@ impl Role {
             Role::Vmm => "vmm",
             Role::Vcpu => "vcpu",
             Role::Fs => "fs",
+            Role::Image => "image",
             Role::Plug => "plug",
         }
     }
@@ -74,10 +77,12 @@ pub fn confine(role: Role) -> Result<(), seccompiler::Error> {
         (Mode::Enforce, Role::Vmm) => &VMM_ENFORCE,
         (Mode::Enforce, Role::Vcpu) => &VCPU_ENFORCE,
         (Mode::Enforce, Role::Fs) => &FS_ENFORCE,
+        (Mode::Enforce, Role::Image) => &IMAGE_ENFORCE,
         (Mode::Enforce, Role::Plug) => &PLUG_ENFORCE,
         (Mode::Log, Role::Vmm) => &VMM_LOG,
         (Mode::Log, Role::Vcpu) => &VCPU_LOG,
         (Mode::Log, Role::Fs) => &FS_LOG,
+        (Mode::Log, Role::Image) => &IMAGE_LOG,
         (Mode::Log, Role::Plug) => &PLUG_LOG,
     };
     breach::name_list(role.list());
@@ -138,6 +143,7 @@ mod tests {
             (&VMM_ENFORCE[..], &VMM_LOG[..], include_str!("../seccomp/vmm.json")),
             (&VCPU_ENFORCE, &VCPU_LOG, include_str!("../seccomp/vcpu.json")),
             (&FS_ENFORCE, &FS_LOG, include_str!("../seccomp/fs.json")),
+            (&IMAGE_ENFORCE, &IMAGE_LOG, include_str!("../seccomp/image.json")),
         ];
         for (enforce, log, rules) in lists {
             let rules: Vec<serde_json::Value> = serde_json::from_str(rules).unwrap();
@@ -166,7 +172,7 @@ mod tests {
     #[test]
     fn arguments_count() {
         let executable = [0, 4096, u64::from(libc::PROT_EXEC.unsigned_abs()), 0];
-        for filter in [&VMM_ENFORCE[..], &VCPU_ENFORCE, &FS_ENFORCE] {
+        for filter in [&VMM_ENFORCE[..], &VCPU_ENFORCE, &FS_ENFORCE, &IMAGE_ENFORCE] {
             assert!(enforced(filter, libc::SYS_mmap, &[0, 4096, 3]));
             assert!(!enforced(filter, libc::SYS_mmap, &executable));
             assert!(!enforced(filter, libc::SYS_mprotect, &executable));

@@ -177,7 +177,7 @@ fn what_is_no_disk_and_what_is_missing_is_refused() {
         return;
     }
     let mut vmm = Vmm::start();
-    let disk = |file| DiskConfig { file: FdIndex(file), read_only: true, id: String::new(), queues: 1 };
+    let disk = |file| DiskConfig::read_only(FdIndex(file), "");
     let mut odd = config();
     odd.disks = vec![disk(1)];
     let error = vmm.call(configure(odd), &[kernel(&[0xf4]), file(b"odd")]).unwrap_err();

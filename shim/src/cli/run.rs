@@ -186,7 +186,7 @@ fn vm_config(options: &Run, files: &mut Files, input: OwnedFd, output: OwnedFd) 
     let mut disks = Vec::new();
     let mut disk = |what, path: &Path, read_only: bool, id: String| {
         let file = files.add(open(what, path, !read_only)?);
-        disks.push(DiskConfig { file, read_only, id, queues: 1 });
+        disks.push(DiskConfig { file, read_only, id, queues: 1, image: None });
         Ok::<_, Failure>(())
     };
     if let Some(path) = &options.rootfs {
@@ -333,7 +333,8 @@ fn next_event(client: &mut Client, held: &mut Vec<OwnedFd>) -> Result<Option<Exi
         match event {
             // Held, so that an agent does not see its host hang up.
             Event::VsockAccepted { .. } if held.len() < 64 => held.extend(fds),
-            Event::VsockAccepted { .. } => {}
+            // It gives its VM no images.
+            Event::VsockAccepted { .. } | Event::ImageLost { .. } => {}
             Event::Exiting { reason } => return Ok(Some(reason)),
         }
     }

@@ -358,7 +358,7 @@ fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
     let (config, Hardware { network, disks }) = (&plan.config, hardware);
     let taps: usize = network.devices.iter().map(|device| device.taps.len()).sum();
     let first_disk = usize::from(FIRST_TAP) + taps;
-    let image = DiskConfig { file: FdIndex(1), read_only: true, id: "ctvm-root".into(), queues: 1 };
+    let image = DiskConfig::read_only(FdIndex(1), "ctvm-root");
     let disks = disks.iter().zip(0..).map(|(disk, number)| {
         let file = u8::try_from(first_disk + number as usize).expect("a packet has few descriptors");
         disk.config(number, FdIndex(file))

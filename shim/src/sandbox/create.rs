@@ -213,7 +213,8 @@ impl Sandbox {
         options: ShareOptions,
     ) -> Result<(), TaskError> {
         let ShareOptions { read_only, cache } = options;
-        let mount = Op::FsMount { share: None, at: name.to_owned(), dir: FdIndex(0), read_only, cache };
+        let mount =
+            Op::FsMount { share: None, at: name.to_owned(), dir: FdIndex(0), read_only, cache, layer: false };
         vm.vmm.call(mount, &[dir.as_fd()], self.config.timeouts.vmm()).await?;
         container.add_share(name);
         Ok(())

@@ -203,7 +203,7 @@ impl Disk {
 
     /// What the VMM makes of it; its descriptor is number `file` of the packet.
     pub fn config(&self, number: u32, file: FdIndex) -> DiskConfig {
-        DiskConfig { file, read_only: self.read_only, id: disk_serial(number), queues: 1 }
+        DiskConfig { file, read_only: self.read_only, id: disk_serial(number), queues: 1, image: None }
     }
 
     /// What to remember of it.

@@ -7,6 +7,7 @@
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod image_service;
 pub mod loop_device;
 pub mod netns;
 pub mod small_fs;

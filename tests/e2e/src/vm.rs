@@ -117,6 +117,14 @@ impl ScriptOutput {
 impl GuestSpec {
     /// Boots it.
     pub fn boot(self) -> Result<Guest> {
+        self.boot_with(|_| Ok(vec![]))
+    }
+
+    /// Boots it with more disks, made by `more`, which gives descriptors by calling its argument.
+    pub fn boot_with(
+        self,
+        more: impl FnOnce(&mut dyn FnMut(OwnedFd) -> FdIndex) -> Result<Vec<DiskConfig>>,
+    ) -> Result<Guest> {
         let folder = tempfile::Builder::new().prefix("guest").tempdir_in("/var/tmp")?;
         let share = Path::new(SHARE);
         let mut fds: Vec<OwnedFd> = Vec::new();
@@ -135,7 +143,7 @@ impl GuestSpec {
             cmdline += " rdinit=/sbin/init";
         } else {
             let file = give(File::open(make_root(folder.path(), &self.script, &self.programs)?)?.into());
-            disks.push(DiskConfig { file, read_only: true, id: "root".into(), queues: 1 });
+            disks.push(DiskConfig::read_only(file, "root"));
             cmdline += " ";
             cmdline += ROOT_CMDLINE;
         }
@@ -147,8 +155,9 @@ impl GuestSpec {
             cmdline = format!("{cmdline} {}", self.cmdline);
         }
         for (file, read_only, id, queues) in self.disks {
-            disks.push(DiskConfig { file: give(file.into()), read_only, id, queues });
+            disks.push(DiskConfig { file: give(file.into()), read_only, id, queues, image: None });
         }
+        disks.extend(more(&mut give)?);
         let mut nets = Vec::new();
         for (taps, mac, mtu) in self.nets {
             nets.push(NetConfig { taps: taps.into_iter().map(&mut give).collect(), mac, mtu });
@@ -193,6 +202,7 @@ impl GuestSpec {
                 dir: FdIndex(0),
                 read_only,
                 cache: FsCache::Shared,
+                layer: false,
             };
             guest.client.call(op, &[dir.as_fd()], LIMIT).context("fs mount")?;
         }

@@ -11,7 +11,8 @@ const MAY: &[(&str, &[&str])] = &[
     ("vmm-api", &["rustix"]),
     ("agent-api", &["ttrpc", "protobuf", "containerd-shim-protos", "async-trait"]),
     ("virtio", &["vm-memory", "virtio-queue", "virtio-bindings", "vmm-sys-util", "zerocopy", "rustix"]),
-    ("imagefs", &["virtio", "rustix", "zerocopy"]),
+    // What is said to the image service, and how a disk looks to a driver.
+    ("imagefs", &["virtio", "vmm-api", "virtio-bindings", "vmm-sys-util", "rustix", "zerocopy"]),
     (
         "vmm",
         &[

@@ -64,6 +64,9 @@ pub struct VmConfig {
     /// Host directories in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fs: Option<FsConfig>,
+    /// A thread for disks that are images, so that one can be attached to a VM that runs. A VM that boots with one has it anyway.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub images: bool,
     /// A virtio console, `hvc0`. Its last bytes are kept as the guest's last words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsoleConfig>,
@@ -88,6 +91,7 @@ impl VmConfig {
             rng: false,
             balloon: false,
             fs: None,
+            images: false,
             console: None,
             serial: None,
         }
@@ -151,11 +155,11 @@ fn yes() -> bool {
     true
 }
 
-/// A raw disk image or block device.
+/// A raw disk image or block device, or an image whose bytes come as they are read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The file. Opened for writing unless `read_only`.
+    /// The file, or the image's bootstrap. Opened for writing unless `read_only`.
     pub file: FdIndex,
     /// The guest may not write.
     #[serde(default)]
@@ -166,6 +170,48 @@ pub struct DiskConfig {
     /// Request queues, 1 to 8.
     #[serde(default = "one")]
     pub queues: u8,
+    /// The rest of an image. The disk is read-only then, and has an `id` and one queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageConfig>,
+}
+
+impl DiskConfig {
+    /// A file for the guest to read.
+    pub fn read_only(file: FdIndex, id: &str) -> Self {
+        DiskConfig { file, read_only: true, id: id.to_owned(), queues: 1, image: None }
+    }
+}
+
+/// What comes behind an image's bootstrap, and where it comes from: what the image service answered
+/// ([`crate::image`]). [`crate::image::disk_parts`] says where each part lies on the disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageConfig {
+    /// The connection to the image service on which the image was opened.
+    pub channel: FdIndex,
+    /// Its blobs, in the bootstrap's order, at most [`crate::image::MAX_BLOBS`].
+    pub blobs: Vec<BlobConfig>,
+    /// How long a read of the guest waits for bytes, and for an image service that is away, in milliseconds, 1 to
+    /// [`MAX_IMAGE_WAIT_MS`]. It fails then.
+    #[serde(default = "image_wait")]
+    pub wait_ms: u32,
+}
+
+/// One blob of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlobConfig {
+    /// Its cache file: bytes and ready map.
+    pub file: FdIndex,
+    /// Its uncompressed size in bytes, 1 at least.
+    pub bytes: u64,
+}
+
+/// Longest [`ImageConfig::wait_ms`]: ten minutes.
+pub const MAX_IMAGE_WAIT_MS: u32 = 600_000;
+
+fn image_wait() -> u32 {
+    60_000
 }
 
 fn one() -> u8 {

@@ -20,6 +20,12 @@ pub enum Event {
         /// A connected stream socket.
         socket: FdIndex,
     },
+    /// An image's connection to the image service has ended, or was ended for what came over it. Reads of what is in the cache
+    /// go on; others wait for [`crate::Op::ImageChannel`].
+    ImageLost {
+        /// [`crate::DiskConfig::id`] of the disk.
+        disk: String,
+    },
     /// The last packet: the VM is gone and the process exits now. A VMM that ends without it has crashed.
     Exiting {
         /// Why.

@@ -80,6 +80,38 @@ pub struct Blob {
     pub bytes: u64,
 }
 
+/// Where something lies on an image's disk. In bytes, multiples of [`BLOCK`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskPart {
+    /// Its first byte.
+    pub start: u64,
+    /// Its length; what goes beyond the bytes there are reads as zeros.
+    pub bytes: u64,
+}
+
+impl DiskPart {
+    /// The first byte behind it.
+    pub fn end(self) -> u64 {
+        self.start + self.bytes
+    }
+}
+
+/// What the disk of an image is made of: its bootstrap, and behind it, each in its place, its blobs. `None` if that were more
+/// than a file can have (2^63 bytes).
+///
+/// The guest mounts the bootstrap, an EROFS, with the blobs as its further devices. Its kernel gets each part as a partition,
+/// which needs no table on the disk (`BLKPG`, blkpg.h); kernels before 6.4 know no EROFS that has it all in one device.
+pub fn disk_parts(bootstrap: u64, blobs: impl IntoIterator<Item = u64>) -> Option<Vec<DiskPart>> {
+    let mut start = 0_u64;
+    let mut parts = Vec::new();
+    for bytes in std::iter::once(bootstrap).chain(blobs) {
+        let bytes = bytes.checked_next_multiple_of(BLOCK)?;
+        parts.push(DiskPart { start, bytes });
+        start = start.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok())?;
+    }
+    Some(parts)
+}
+
 /// Where the ready map of a blob of `bytes` begins in its cache file.
 pub const fn ready_map_offset(bytes: u64) -> u64 {
     bytes.next_multiple_of(BLOCK)
@@ -182,6 +214,18 @@ mod tests {
         }
         for len in (0..=bytes.len()).filter(|len| *len != Fetched::LEN) {
             assert_eq!(Fetched::from_bytes(&bytes[..len]), None);
+        }
+    }
+
+    #[test]
+    fn parts_follow_each_other_in_whole_blocks() {
+        let parts = disk_parts(5000, [1, 4096, 0]).unwrap();
+        let places: Vec<_> = parts.iter().map(|part| (part.start, part.bytes)).collect();
+        assert_eq!(places, [(0, 8192), (8192, 4096), (12288, 4096), (16384, 0)]);
+        let most = i64::MAX.cast_unsigned() / BLOCK * BLOCK;
+        assert!(disk_parts(0, [most]).is_some());
+        for blobs in [vec![most + 1], vec![most, 1], vec![u64::MAX], vec![u64::MAX / 2; 3]] {
+            assert_eq!(disk_parts(0, blobs.clone()), None, "{blobs:?}");
         }
     }
 

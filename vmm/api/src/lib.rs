@@ -31,8 +31,8 @@ pub mod stats;
 
 pub use client::{Client, ClientError};
 pub use config::{
-    ConsoleConfig, DiskConfig, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig, NetConfig, VmConfig,
-    VsockConfig,
+    BlobConfig, ConsoleConfig, DiskConfig, FsConfig, GuestMemoryBacking, ImageConfig, KernelConfig,
+    MemoryConfig, NetConfig, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, ErrorCode};
 pub use event::{Event, ExitReason};

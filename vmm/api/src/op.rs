@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hotplug::{Attached, DeviceName, NewDevice};
 use crate::resize::{Resized, Vcpus};
-use crate::{ApiError, Event, FdIndex, Stats, Timeline, VmConfig};
+use crate::{ApiError, BlobConfig, Event, FdIndex, Stats, Timeline, VmConfig};
 
 /// One request of the owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,16 @@ pub enum Op {
         /// As for `Attach`.
         timeout_ms: u32,
     },
+    /// Give an image a new connection to the image service, after [`Event::ImageLost`]. Reads that wait go on. Legal from
+    /// `Configure` to the end.
+    ImageChannel {
+        /// [`crate::DiskConfig::id`] of the disk.
+        disk: String,
+        /// The connection on which the image was opened again.
+        channel: FdIndex,
+        /// Its blobs' cache files, in the same order and of the same sizes as before. They take the old ones' place.
+        blobs: Vec<BlobConfig>,
+    },
     /// Show a host directory in a file share. Legal from `Configure` to the end; needs [`VmConfig::fs`], or a share that was
     /// attached.
     FsMount {
@@ -66,6 +76,10 @@ pub enum Op {
         /// How far the guest may trust what it remembers of it.
         #[serde(default)]
         cache: FsCache,
+        /// It is a layer of an overlay that the guest mounts with `userxattr`: the guest's marks for opaque directories are
+        /// those of the host's overlays.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        layer: bool,
     },
     /// Take a directory out of the share. Files that the guest holds open stay readable until it closes them.
     FsUnmount {

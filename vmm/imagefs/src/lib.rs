@@ -1,4 +1,5 @@
-//! The file server behind virtio-fs: host directories for one guest, in process, on the device's threads.
+//! The file server behind virtio-fs: host directories for one guest, in process, on the device's threads. And, in [`image`],
+//! the disk of an image whose bytes come as they are read.
 //!
 //! ```text
 //!  virtio::fs ── request, reply ──> fuse (messages) ──> share (nodes, handles, mounts) ──> system calls
@@ -9,6 +10,7 @@
 //! counted. See `README.md` for what this rests on and for what the surroundings must provide.
 
 mod fuse;
+pub mod image;
 mod limits;
 mod metrics;
 mod share;

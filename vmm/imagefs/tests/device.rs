@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use imagefs::wire::*;
 use imagefs::{FileServer, Limits, MountOptions};
-use virtio::device::VirtioDevice;
-use virtio::fs::{Fs, FsConfig, FsThreads};
+use virtio::device::{Threads, VirtioDevice};
+use virtio::fs::{Fs, FsConfig};
 use virtio::testing::{Buffer, Guest};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -18,9 +18,9 @@ const REQUESTS: usize = 1;
 
 struct Confined;
 
-impl FsThreads for Confined {
+impl Threads for Confined {
     fn enter(&self, _: &str) -> io::Result<()> {
-        confine::confine();
+        confine::confine("fs");
         Ok(())
     }
 
@@ -31,7 +31,7 @@ impl FsThreads for Confined {
 
 fn device(server: &Arc<FileServer>) -> Fs {
     let config = FsConfig { tag: "ctvm".to_owned(), threads: 2 };
-    let threads: Arc<dyn FsThreads> = Arc::new(Confined);
+    let threads: Arc<dyn Threads> = Arc::new(Confined);
     Fs::new(config, server.clone(), &threads).unwrap()
 }
 

@@ -79,7 +79,7 @@ impl Drop for Mounted {
 
 fn serve(server: &FileServer, mut device: File) {
     server.enter_thread().unwrap();
-    confine::confine();
+    confine::confine("fs");
     let (mut request, mut reply) = (vec![0; BUFFER], vec![0; BUFFER]);
     loop {
         let len = match device.read(&mut request) {
@@ -306,7 +306,7 @@ fn packages_are_unpacked_as_dpkg_does() {
 fn a_read_only_share_serves_programs_and_nothing_else() {
     script(
         "read-only",
-        MountOptions { read_only: true, cache: Cache::Exclusive },
+        MountOptions { read_only: true, cache: Cache::Exclusive, layer: false },
         r#"
         cp /bin/true $HOST/prog; mkdir $HOST/d
         ./prog; ls -la >/dev/null

@@ -22,7 +22,13 @@ fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
 }
 
 fn disk(file: u8) -> DiskConfig {
-    DiskConfig { file: FdIndex(file), read_only: true, id: "root".into(), queues: 1 }
+    DiskConfig::read_only(FdIndex(file), "root")
+}
+
+/// An image of that many blobs.
+fn image(blobs: u8) -> DiskConfig {
+    let blobs = (0..blobs).map(|n| BlobConfig { file: FdIndex(n + 3), bytes: 4096 }).collect();
+    DiskConfig { image: Some(ImageConfig { channel: FdIndex(2), blobs, wait_ms: 1000 }), ..disk(0) }
 }
 
 fn net(tap: u8) -> NetConfig {
@@ -64,7 +70,7 @@ fn the_largest_one_fits_into_a_packet() {
 #[test]
 fn each_refusal_has_value_and_limit() {
     type Change = fn(&mut VmConfig);
-    let cases: [(&str, Change); 28] = [
+    let cases: [(&str, Change); 32] = [
         ("protocol version 9, this VMM speaks 1", |c| c.version = 9),
         ("vcpus is 0, must be 1 to 32", |c| c.vcpus = 0),
         ("vcpus is 33, must be 1 to 32", |c| c.vcpus = 33),
@@ -87,6 +93,16 @@ fn each_refusal_has_value_and_limit() {
         ("kernel.cmdline has 1 bytes and a NUL among them", |c| c.kernel.cmdline = "\0".into()),
         ("disk.queues is 9, must be 1 to 8", |c| c.disks = vec![DiskConfig { queues: 9, ..disk(0) }]),
         ("disk.id has 21 bytes", |c| c.disks = vec![DiskConfig { id: "i".repeat(21), ..disk(0) }]),
+        ("disk \"root\" is an image and not read-only", |c| {
+            c.disks = vec![DiskConfig { read_only: false, ..image(0) }];
+        }),
+        ("disk.queues of an image is 2, must be 1 to 1", |c| {
+            c.disks = vec![DiskConfig { queues: 2, ..image(0) }];
+        }),
+        ("disk.id of an image has 0 bytes, must have 1 to 20", |c| {
+            c.disks = vec![DiskConfig { id: String::new(), ..image(0) }];
+        }),
+        ("number of image blobs is 129, must be 0 to 128", |c| c.disks = vec![image(129)]),
         ("number of disks is 17, must be 0 to 16", |c| c.disks = vec![disk(0); 17]),
         ("number of nets is 9, must be 0 to 8", |c| c.nets = vec![net(0); 9]),
         ("number of net.taps is 0, must be 1 to 4", |c| {
@@ -118,6 +134,18 @@ fn each_refusal_has_value_and_limit() {
         let said = refused(change);
         assert!(said.contains(text), "{said:?} does not say {text:?}");
     }
+}
+
+#[test]
+fn an_image_has_a_descriptor_for_each_part() {
+    let mut config = config();
+    config.disks = vec![DiskConfig { file: FdIndex(1), ..image(2) }];
+    let valid = ValidConfig::check(config, fds(5)).unwrap();
+    let taken = valid.disks[0].image.as_ref().unwrap();
+    assert_eq!((taken.blobs.len(), taken.wait), (2, Duration::from_secs(1)));
+    assert!(valid.images);
+    let missing = refused(|c| c.disks = vec![DiskConfig { file: FdIndex(0), ..image(1) }]);
+    assert_eq!(missing, "disk.file is descriptor 0 of the packet, which is something else already");
 }
 
 #[test]

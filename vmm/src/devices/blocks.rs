@@ -44,7 +44,8 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    use virtio::fs::{Fs, FsConfig, FsServer, FsThreads};
+    use virtio::device::Threads;
+    use virtio::fs::{Fs, FsConfig, FsServer};
     use virtio::memory::BLOCK;
     use virtio::mmio::{MmioTransport, registers as reg};
     use virtio::queue::{Reader, Writer};
@@ -96,7 +97,7 @@ mod tests {
 
     struct AsTheyAre;
 
-    impl FsThreads for AsTheyAre {
+    impl Threads for AsTheyAre {
         fn enter(&self, _: &str) -> io::Result<()> {
             Ok(())
         }
@@ -143,7 +144,7 @@ mod tests {
         let ram = ram();
         let hotplug = Arc::clone(ram.hotplug().unwrap());
         let config = FsConfig { tag: "t".into(), threads: 2 };
-        let threads: Arc<dyn FsThreads> = Arc::new(AsTheyAre);
+        let threads: Arc<dyn Threads> = Arc::new(AsTheyAre);
         let fs = shared(Fs::new(config, Arc::new(Copier), &threads).unwrap(), &ram);
         let mut backend = backend(&ram, vec![Device::Rng(shared(Rng::new(), &ram)), Device::Fs(fs.clone())]);
         let mut served = 0;

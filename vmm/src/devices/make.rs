@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use imagefs::image::ImageThread;
 use imagefs::{FileServer, Limits};
 use virtio::GuestMemory;
 use virtio::blk::{self, Blk};
@@ -15,11 +16,12 @@ use virtio::vsock::Vsock;
 use vmm_api::DeviceName;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, DeviceError, DeviceKey, Shared, fs_threads, lock, with};
+use super::{Device, DeviceError, DeviceKey, Shared, lock, threads, with};
 use crate::arch::x86_64::layout;
 use crate::bus::BusDevice;
 use crate::config;
 use crate::kvm::{KickAddress, KvmError, KvmVm};
+use crate::seccomp::Role;
 use crate::upcall::DevicePlace;
 use crate::vcpu::Ends;
 use crate::vm::change::Gone;
@@ -35,6 +37,8 @@ pub struct Host {
     pub ends: Arc<Ends>,
     /// Raised when a driver has changed a status that somebody waits for.
     pub status: Arc<EventFd>,
+    /// What serves disks that are images, if there may be any.
+    pub images: Option<Arc<ImageThread>>,
 }
 
 /// Where a device goes.
@@ -65,7 +69,10 @@ pub(super) struct Slot {
 impl Host {
     /// A disk of what was asked for.
     pub(super) fn disk(&self, at: At, disk: config::Disk) -> Result<Slot, DeviceError> {
-        let config::Disk { file, read_only, id, queues } = disk;
+        let config::Disk { file, read_only, id, queues, image } = disk;
+        if let Some(image) = image {
+            return self.image(at, file, image, &id);
+        }
         let disk = blk::Disk::new(file, read_only, &id).map_err(DeviceError::refused(&at.name))?;
         self.connect(at, Blk::new(disk, queues.into()), Device::Blk)
     }
@@ -85,7 +92,7 @@ impl Host {
         let files = Arc::new(FileServer::new(limits).map_err(failed)?);
         let server: Arc<dyn virtio::fs::FsServer> = Arc::clone(&files) as _;
         let config = virtio::fs::FsConfig { tag: config.tag, threads: config.threads.into() };
-        let device = Fs::new(config, server, &fs_threads::confined(&self.ends))
+        let device = Fs::new(config, server, &threads::confined(Role::Fs, &self.ends))
             .map_err(DeviceError::refused(&at.name))?;
         let slot = self.connect(at, device, Device::Fs)?;
         Ok(Slot { files: Some(files), ..slot })

@@ -10,7 +10,7 @@ use vmm_api::{ApiError, DeviceName, ErrorCode, FsCache, Op, Reply, Stats, Vcpus,
 
 use super::{Answer, Monitor};
 use crate::clock::monotonic_us;
-use crate::config::{Fds, NewDevice, ValidConfig};
+use crate::config::{Fds, NewDevice, ValidConfig, take_blobs};
 use crate::error::Coded;
 use crate::upcall;
 use crate::vcpu::CpuSet;
@@ -38,9 +38,15 @@ impl Monitor {
                 fds = none_left(fds)?;
                 self.attach(id, device, timeout_ms)
             }
-            Op::FsMount { share, at, dir, read_only, cache } => {
+            Op::ImageChannel { disk, channel, blobs } => {
+                let channel = fds.take("channel", channel).map_err(|e| e.to_api())?;
+                let blobs = take_blobs(blobs, &mut fds).map_err(|e| e.to_api())?;
+                self.vm().devices().connect_image(&disk, channel, blobs).map_err(|e| e.to_api())?;
+                DONE
+            }
+            Op::FsMount { share, at, dir, read_only, cache, layer } => {
                 let dir = fds.take("dir", dir).map_err(|e| e.to_api())?;
-                let options = MountOptions { read_only, cache: cache_of(cache) };
+                let options = MountOptions { read_only, cache: cache_of(cache), layer };
                 self.fs_mount(share.as_deref(), &at, dir, options)
             }
             other => {
@@ -64,7 +70,7 @@ impl Monitor {
             Op::Stats => Ok(Answer::Now(Reply::Stats(Box::new(self.stats())))),
             // What follows is the main loop's business.
             Op::Shutdown => DONE,
-            Op::Configure(_) | Op::Attach { .. } | Op::FsMount { .. } => {
+            Op::Configure(_) | Op::Attach { .. } | Op::FsMount { .. } | Op::ImageChannel { .. } => {
                 unreachable!("`perform` keeps those that take descriptors")
             }
         }

@@ -95,6 +95,9 @@ pub fn build(
     events.add(ends.event(), Token::GuestEnd).map_err(host("wait for the guest's end"))?;
     let ports = legacy_ports(&vm, &ends, config.serial.map(File::from))?;
     let mut devices = Devices::new(events, &vm, &ram, &ends).map_err(host("make an event"))?;
+    if config.images {
+        devices.start_image_thread()?;
+    }
     for disk in config.disks {
         devices.add_disk(events, disk)?;
     }

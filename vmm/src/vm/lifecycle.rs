@@ -92,6 +92,7 @@ pub fn name(op: &Op) -> &'static str {
         Op::Resume => "resume",
         Op::Attach { .. } => "attach",
         Op::Detach { .. } => "detach",
+        Op::ImageChannel { .. } => "image_channel",
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",
@@ -126,7 +127,10 @@ pub fn permit(state: State, op: &Op) -> Result<Permit, Denied> {
         (Op::Attach { .. }, Running) => Ok(Permit::Go(Running)),
         (Op::Attach { .. }, Paused) => Err(not_running),
 
-        (Op::FsMount { .. } | Op::FsUnmount { .. }, Configured | Running | Paused) => Ok(Permit::Go(state)),
+        (
+            Op::FsMount { .. } | Op::FsUnmount { .. } | Op::ImageChannel { .. },
+            Configured | Running | Paused,
+        ) => Ok(Permit::Go(state)),
 
         // A paused guest cannot answer.
         (Op::VsockConnect { .. } | Op::Resize { .. } | Op::Detach { .. }, Running) => Ok(Permit::Go(Running)),
@@ -150,7 +154,7 @@ mod tests {
             "version": 1, "vcpus": 1, "memory": {"size_mib": 64}, "kernel": {"image": 0, "cmdline": ""}
         }))
         .unwrap();
-        let disk = DiskConfig { file: FdIndex(0), read_only: true, id: String::new(), queues: 1 };
+        let disk = DiskConfig::read_only(FdIndex(0), "");
         vec![
             Op::Configure(Box::new(config)),
             Op::Boot,
@@ -158,12 +162,14 @@ mod tests {
             Op::Resume,
             Op::Attach { device: NewDevice::Disk(disk), timeout_ms: 1 },
             Op::Detach { device: DeviceName::Disk("a".into()), timeout_ms: 1 },
+            Op::ImageChannel { disk: "i".into(), channel: FdIndex(0), blobs: vec![] },
             Op::FsMount {
                 share: None,
                 at: "a".into(),
                 dir: FdIndex(0),
                 read_only: true,
                 cache: FsCache::Shared,
+                layer: false,
             },
             Op::FsUnmount { share: None, at: "a".into() },
             Op::VsockConnect { port: 1, timeout_ms: 1 },

@@ -8,6 +8,7 @@
 //! ```
 
 use std::fmt::Debug;
+use std::io;
 use std::os::fd::BorrowedFd;
 
 use serde::Serialize;
@@ -123,6 +124,17 @@ pub trait VirtioDevice: Debug + Send {
 
     /// Counters, by name, since the device was made.
     fn metrics(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// What the VMM does about the threads of devices with [`VirtioDevice::OWN_THREADS`].
+pub trait Threads: Send + Sync {
+    /// Called once on each thread, last before its first request: the place to filter its system calls. The device
+    /// cannot be made if this fails.
+    fn enter(&self, name: &str) -> io::Result<()>;
+
+    /// A thread panicked, and with it the request it was serving. Called on that thread. The device serves nothing
+    /// more; the VMM ends.
+    fn died(&self, name: &str);
 }
 
 /// [`VirtioDevice::read_config`] for a configuration space that lies in memory as `config`.

@@ -58,6 +58,9 @@ pub struct MountOptions {
     pub read_only: bool,
     /// How far the guest may trust its caches.
     pub cache: Cache,
+    /// It is a layer of an overlay that the guest mounts with `userxattr`: what is opaque there is opaque to overlays of the
+    /// host, and the other way round.
+    pub layer: bool,
 }
 
 /// A directory cannot be shown.

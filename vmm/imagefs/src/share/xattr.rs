@@ -8,6 +8,9 @@
 //! | `trusted.*` | no | the host's overlayfs would follow `trusted.overlay.*` that a guest wrote into a layer |
 //! | `system.posix_acl_*` | no | the guest's kernel would store access lists and not enforce them |
 //!
+//! In a layer of an overlay (`MountOptions::layer`) `user.overlay.opaque` is the host's `trusted.overlay.opaque`, of one byte at
+//! most: it hides what is below a directory, and leads nowhere.
+//!
 //! What is refused fails with `EOPNOTSUPP`, as on a file system without such attributes, and is not listed.
 
 use std::ffi::CStr;
@@ -25,14 +28,33 @@ fn is_shown(name: &[u8]) -> bool {
     name == b"security.capability" || (name.starts_with(b"user.") && name.len() > 5)
 }
 
-fn check(name: &CStr) -> Result<&CStr> {
-    if is_shown(name.to_bytes()) { Ok(name) } else { Err(Errno::OPNOTSUPP) }
+/// What marks a directory as opaque, to an overlay with `userxattr` and to one without.
+const GUESTS_OPAQUE: &CStr = c"user.overlay.opaque";
+const HOSTS_OPAQUE: &CStr = c"trusted.overlay.opaque";
+
+/// The host's name of an attribute.
+fn check(name: &CStr, is_layer: bool) -> Result<&CStr> {
+    match is_shown(name.to_bytes()) {
+        true if is_layer && name == GUESTS_OPAQUE => Ok(HOSTS_OPAQUE),
+        true => Ok(name),
+        false => Err(Errno::OPNOTSUPP),
+    }
+}
+
+/// The guest's name of one of the host's attributes, each with a NUL behind it, if it is shown.
+fn shown(name: &[u8], is_layer: bool) -> Option<&[u8]> {
+    let is = |known: &CStr| name == known.to_bytes_with_nul();
+    match is_layer {
+        true if is(HOSTS_OPAQUE) => Some(GUESTS_OPAQUE.to_bytes_with_nul()),
+        true if is(GUESTS_OPAQUE) => None,
+        _ => name.strip_suffix(b"\0").filter(|name| is_shown(name)).map(|_| name),
+    }
 }
 
 impl Share {
     /// The value of an attribute.
     pub fn xattr(&self, node: u64, name: &CStr) -> Result<Vec<u8>> {
-        let name = check(name)?;
+        let name = check(name, self.is_layer(node)?)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
         grow(rustix::fs::fgetxattr_query(&file, name)?, |value| rustix::fs::fgetxattr(&file, name, value))
     }
@@ -41,14 +63,18 @@ impl Share {
     pub fn xattrs(&self, node: u64) -> Result<Vec<u8>> {
         let Some(file) = self.attribute_holder(node)? else { return Ok(Vec::new()) };
         let names = grow(rustix::fs::flistxattr_query(&file)?, |names| rustix::fs::flistxattr(&file, names))?;
-        let shown = names.split_inclusive(|&byte| byte == 0).filter(|name| is_shown(&name[..name.len() - 1]));
+        let is_layer = self.is_layer(node)?;
+        let shown = names.split_inclusive(|&byte| byte == 0).filter_map(|name| shown(name, is_layer));
         Ok(shown.flatten().copied().collect())
     }
 
     /// Sets an attribute; `flags` as in setxattr(2).
     pub fn set_xattr(&self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
-        self.writable(node)?;
-        let name = check(name)?;
+        let is_layer = self.writable(node)?.mount.options.layer;
+        let name = check(name, is_layer)?;
+        if name == HOSTS_OPAQUE && value.len() > 1 {
+            return Err(Errno::INVAL);
+        }
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::PERM)?;
         rustix::fs::fsetxattr(&file, name, value, flags)
@@ -56,10 +82,17 @@ impl Share {
 
     /// Removes an attribute.
     pub fn remove_xattr(&self, node: u64, name: &CStr) -> Result<()> {
-        self.writable(node)?;
-        let name = check(name)?;
+        let is_layer = self.writable(node)?.mount.options.layer;
+        let name = check(name, is_layer)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
         rustix::fs::fremovexattr(&file, name)
+    }
+
+    fn is_layer(&self, node: u64) -> Result<bool> {
+        if node == ROOT {
+            return Ok(false);
+        }
+        Ok(self.nodes.get(node)?.mount.options.layer)
     }
 
     /// The node, opened, as attributes cannot be read through `O_PATH`. `None` for what cannot have attributes that
@@ -94,6 +127,24 @@ fn grow(mut len: usize, read: impl Fn(&mut [u8]) -> Result<usize>) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_opaque_is_so_on_both_sides_of_a_layer() {
+        assert_eq!(check(GUESTS_OPAQUE, true), Ok(HOSTS_OPAQUE));
+        assert_eq!(check(GUESTS_OPAQUE, false), Ok(GUESTS_OPAQUE));
+        for name in [HOSTS_OPAQUE, c"trusted.overlay.redirect"] {
+            assert_eq!(check(name, true), Err(Errno::OPNOTSUPP));
+        }
+        let guests = b"user.overlay.opaque\0".as_slice();
+        assert_eq!(shown(b"trusted.overlay.opaque\0", true), Some(guests));
+        assert_eq!(shown(b"trusted.overlay.opaque\0", false), None);
+        assert_eq!((shown(guests, true), shown(guests, false)), (None, Some(guests)));
+        for (name, is_shown) in
+            [(b"user.x\0".as_slice(), true), (b"trusted.overlay.origin\0", false), (b"user.x", false)]
+        {
+            assert_eq!(shown(name, true).is_some(), is_shown);
+        }
+    }
 
     #[test]
     fn what_is_shown() {

@@ -98,7 +98,7 @@ impl Client {
         let serving = server.clone();
         std::thread::spawn(move || {
             serving.enter_thread().unwrap();
-            confine();
+            confine("fs");
             for (request, room) in to_serve {
                 if answer.send(serve(&serving, request, room)).is_err() {
                     return;

@@ -25,8 +25,9 @@ use std::{io, thread};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{FsServer, FsThreads};
+use super::FsServer;
 use crate::GuestMemory;
+use crate::device::Threads;
 use crate::queue::Queue;
 
 /// Stack of a thread. Far below 2 MiB: a stack of that size gets a whole huge page on a host that gives those to all.
@@ -81,7 +82,7 @@ pub struct Crew {
 
 impl Crew {
     /// Starts `count` threads, parked. Returns when all of them are ready, or one could not be made so.
-    pub fn new(count: u16, server: &Arc<dyn FsServer>, threads: &Arc<dyn FsThreads>) -> io::Result<Self> {
+    pub fn new(count: u16, server: &Arc<dyn FsServer>, threads: &Arc<dyn Threads>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             orders: Mutex::default(),
             changed: Condvar::new(),
@@ -218,7 +219,7 @@ impl Shared {
 struct Member {
     shared: Arc<Shared>,
     server: Arc<dyn FsServer>,
-    threads: Arc<dyn FsThreads>,
+    threads: Arc<dyn Threads>,
     name: String,
 }
 

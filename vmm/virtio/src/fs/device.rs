@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::crew::{Crew, Work};
-use super::{FsServer, FsState, FsThreads};
-use crate::device::{ActivateError, Activation, VirtioDevice};
+use super::{FsServer, FsState};
+use crate::device::{ActivateError, Activation, Threads, VirtioDevice};
 use crate::queue::QueueState;
 
 /// Longest tag (virtio 1.2, 5.11.4).
@@ -75,7 +75,7 @@ impl Fs {
     pub fn new(
         config: FsConfig,
         server: Arc<dyn FsServer>,
-        threads: &Arc<dyn FsThreads>,
+        threads: &Arc<dyn Threads>,
     ) -> Result<Self, FsError> {
         if config.tag.is_empty() || config.tag.len() > TAG_MAX || config.tag.contains('\0') {
             return Err(FsError::Tag { tag: config.tag });

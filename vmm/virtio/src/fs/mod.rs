@@ -27,7 +27,7 @@ use crate::queue::{Reader, Writer};
 
 /// Who serves the requests. Called from all of the device's threads at once.
 pub trait FsServer: Debug + Send + Sync {
-    /// Called once on each thread before its first request, and before [`FsThreads::enter`]: makes the thread what the
+    /// Called once on each thread before its first request, and before [`Threads::enter`](crate::device::Threads::enter): makes the thread what the
     /// server needs it to be.
     fn enter_thread(&self) -> io::Result<()> {
         Ok(())
@@ -44,15 +44,4 @@ pub trait FsServer: Debug + Send + Sync {
 
     /// Counters, by name.
     fn metrics(&self) -> Vec<(&'static str, u64)>;
-}
-
-/// What the VMM does about the device's threads.
-pub trait FsThreads: Send + Sync {
-    /// Called once on each thread, last before its first request: the place to filter its system calls. The device
-    /// cannot be made if this fails.
-    fn enter(&self, name: &str) -> io::Result<()>;
-
-    /// A thread panicked, and with it the request it was serving. Called on that thread. The device serves nothing
-    /// more; the VMM ends.
-    fn died(&self, name: &str);
 }

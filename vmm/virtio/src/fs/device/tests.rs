@@ -65,7 +65,7 @@ struct Names {
     refuse: Option<&'static str>,
 }
 
-impl FsThreads for Names {
+impl Threads for Names {
     fn enter(&self, name: &str) -> io::Result<()> {
         assert_eq!(std::thread::current().name(), Some(name));
         self.entered.lock().unwrap().insert(name.to_owned());
@@ -82,7 +82,7 @@ fn config(threads: u16) -> FsConfig {
 }
 
 fn device(threads: u16, server: &Arc<Echo>, names: &Arc<Names>) -> Fs {
-    Fs::new(config(threads), server.clone(), &(names.clone() as Arc<dyn FsThreads>)).unwrap()
+    Fs::new(config(threads), server.clone(), &(names.clone() as Arc<dyn Threads>)).unwrap()
 }
 
 /// One thread and several are held to the same contract. Several answer in any order.
@@ -137,7 +137,7 @@ fn the_configuration_is_the_tag_and_the_number_of_queues() {
 fn wrong_configurations_are_refused_with_value_and_limit() {
     let make = |tag: &str, threads| {
         let config = FsConfig { tag: tag.to_owned(), threads };
-        let names: Arc<dyn FsThreads> = Arc::new(Names::default());
+        let names: Arc<dyn Threads> = Arc::new(Names::default());
         Fs::new(config, Arc::new(Echo::default()), &names).map(drop).map_err(|e| e.to_string())
     };
     assert!(make(&"t".repeat(36), 4).is_ok());
@@ -156,7 +156,7 @@ fn every_thread_enters_before_the_device_is_there() {
     assert_eq!(*names.entered.lock().unwrap(), expected);
     drop(device);
 
-    let names: Arc<dyn FsThreads> = Arc::new(Names { refuse: Some("fs1"), ..Names::default() });
+    let names: Arc<dyn Threads> = Arc::new(Names { refuse: Some("fs1"), ..Names::default() });
     let refused = Fs::new(config(3), Arc::new(Echo::default()), &names).unwrap_err();
     assert!(matches!(refused, FsError::Start(e) if e.to_string() == "no"));
 }
