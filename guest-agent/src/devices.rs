@@ -1,6 +1,7 @@
 //! Devices of a container by this guest's numbers: disks of the VM are found by their serial numbers, and what the kernel
 //! does not have is said before a container is made that could not open it.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -75,18 +76,28 @@ fn disk(sys: &Path, device: &LinuxDevice) -> Result<(i64, i64), DeviceError> {
     let number = u32::try_from(device.minor()).map_err(|_| none(device.minor().to_string()))?;
     let serial = disk_serial(number);
     let all = sys.join("block");
-    for entry in std::fs::read_dir(&all).map_err(|cause| unread(&all, cause))? {
-        let entry = entry.map_err(|cause| unread(&all, cause))?.path();
+    let name = disk_with_serial(sys, &serial).map_err(|cause| unread(&all, cause))?;
+    let file = all.join(name.ok_or_else(|| none(serial))?).join("dev");
+    let text = std::fs::read_to_string(&file).map_err(|cause| unread(&file, cause))?;
+    let numbers = text.trim_end().split_once(':');
+    let numbers = numbers.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    numbers.ok_or_else(|| unread(&file, io::ErrorKind::InvalidData.into()))
+}
+
+/// The kernel's name of the disk with that serial number, in the sysfs at `sys`.
+///
+/// # Errors
+/// The list of disks cannot be read.
+pub fn disk_with_serial(sys: &Path, serial: &str) -> io::Result<Option<OsString>> {
+    for entry in std::fs::read_dir(sys.join("block"))? {
+        let entry = entry?;
         // Not every block device has one.
-        if std::fs::read_to_string(entry.join("serial")).is_ok_and(|found| found.trim_end() == serial) {
-            let file = entry.join("dev");
-            let text = std::fs::read_to_string(&file).map_err(|cause| unread(&file, cause))?;
-            let numbers = text.trim_end().split_once(':');
-            let numbers = numbers.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-            return numbers.ok_or_else(|| unread(&file, io::ErrorKind::InvalidData.into()));
+        if std::fs::read_to_string(entry.path().join("serial")).is_ok_and(|found| found.trim_end() == serial)
+        {
+            return Ok(Some(entry.file_name()));
         }
     }
-    Err(none(serial))
+    Ok(None)
 }
 
 fn must_exist(sys: &Path, folder: &'static str, device: &LinuxDevice) -> Result<(), DeviceError> {

@@ -21,6 +21,7 @@ mod fd;
 mod forward;
 mod host;
 mod huge_pages;
+mod images;
 mod launch;
 mod log_stream;
 mod mounts;

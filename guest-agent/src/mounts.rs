@@ -3,8 +3,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use agent_api::image;
 use agent_api::task::Mount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::images::{self, ImageError, Partitions};
 
 /// What could not be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -15,20 +18,42 @@ pub struct MountError {
     target: String,
     options: String,
     #[source]
-    cause: io::Error,
+    cause: Cause,
+}
+
+/// Why not.
+#[derive(Debug, thiserror::Error)]
+enum Cause {
+    #[error(transparent)]
+    Os(#[from] io::Error),
+    #[error(transparent)]
+    Image(Box<ImageError>),
 }
 
 /// Mounts that go when this does, last first.
 #[derive(Debug, Default)]
-pub struct Mounted(Vec<PathBuf>);
+pub struct Mounted(Vec<Made>);
+
+/// One mount.
+#[derive(Debug)]
+struct Made {
+    target: PathBuf,
+    /// Directories that are not needed without it: those made for it.
+    ours: bool,
+    partitions: Option<Partitions>,
+}
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        for target in self.0.iter().rev() {
+        while let Some(Made { target, ours, partitions }) = self.0.pop() {
             // Lazily: the last user may be about to leave.
-            if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
+            if let Err(error) = umount2(&target, MntFlags::MNT_DETACH) {
                 log::warn!("{} stays mounted: {error}", target.display());
+            } else if ours && let Err(error) = std::fs::remove_dir(&target) {
+                log::warn!("{} stays: {error}", target.display());
             }
+            // A disk's come after the mount of which they are.
+            drop(partitions);
         }
     }
 }
@@ -42,8 +67,17 @@ pub fn make_all(mounts: &[Mount], root: &Path) -> Result<Mounted, MountError> {
             target if target.starts_with('/') => PathBuf::from(target),
             target => root.join(target),
         };
-        make(&wanted.source, &target, &wanted.type_, &wanted.options)?;
-        made.0.push(target);
+        let ours = !target.exists();
+        let partitions = if wanted.type_ == image::MOUNT_TYPE {
+            let made = images::make(&wanted.source, &target, &wanted.options);
+            Some(made.map_err(|cause| {
+                error(&wanted.source, &target, &wanted.type_, &[], Cause::Image(cause.into()))
+            })?)
+        } else {
+            make(&wanted.source, &target, &wanted.type_, &wanted.options)?;
+            None
+        };
+        made.0.push(Made { target, ours, partitions });
     }
     Ok(made)
 }
@@ -72,13 +106,17 @@ pub fn make(source: &str, target: &Path, kind: &str, options: &[String]) -> Resu
         }
         Ok(())
     };
-    attempt().map_err(|cause| MountError {
+    attempt().map_err(|cause| error(source, target, kind, options, cause.into()))
+}
+
+fn error(source: &str, target: &Path, kind: &str, options: &[String], cause: Cause) -> MountError {
+    MountError {
         source_name: source.to_owned(),
         kind: kind.to_owned(),
         target: target.display().to_string(),
         options: options.join(","),
         cause,
-    })
+    }
 }
 
 fn parse(options: &[String]) -> (MsFlags, String) {

@@ -228,6 +228,68 @@ pub fn receive_fd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Err(io::Error::new(io::ErrorKind::InvalidData, "message carries no descriptor"))
 }
 
+/// `BLKPG` (linux/blkpg.h) and what it does.
+const BLKPG: libc::c_ulong = 0x1269;
+const BLKPG_ADD_PARTITION: libc::c_int = 1;
+const BLKPG_DEL_PARTITION: libc::c_int = 2;
+
+/// `struct blkpg_partition`. The names are not used any more.
+#[repr(C)]
+struct BlkpgPartition {
+    start: i64,
+    length: i64,
+    number: libc::c_int,
+    device_name: [u8; 64],
+    volume_name: [u8; 64],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct BlkpgArgument {
+    operation: libc::c_int,
+    flags: libc::c_int,
+    data_len: libc::c_int,
+    data: *mut BlkpgPartition,
+}
+
+/// Tells the kernel of a partition of `disk`: first byte and length, whole sectors.
+///
+/// # Errors
+/// EBUSY if it overlaps one that there is, EINVAL if it is not on the disk.
+pub fn add_partition(disk: BorrowedFd<'_>, number: u16, start: u64, bytes: u64) -> io::Result<()> {
+    blkpg(disk, BLKPG_ADD_PARTITION, number, start, bytes)
+}
+
+/// Has the kernel forget a partition of `disk`.
+///
+/// # Errors
+/// EBUSY if it is in use, ENXIO if there is none.
+pub fn delete_partition(disk: BorrowedFd<'_>, number: u16) -> io::Result<()> {
+    blkpg(disk, BLKPG_DEL_PARTITION, number, 0, 0)
+}
+
+fn blkpg(
+    disk: BorrowedFd<'_>,
+    operation: libc::c_int,
+    number: u16,
+    start: u64,
+    bytes: u64,
+) -> io::Result<()> {
+    let whole = |value: u64| i64::try_from(value).map_err(|_| io::Error::from(Errno::EINVAL));
+    let mut partition = BlkpgPartition {
+        start: whole(start)?,
+        length: whole(bytes)?,
+        number: number.into(),
+        device_name: [0; 64],
+        volume_name: [0; 64],
+    };
+    let data_len = libc::c_int::try_from(size_of::<BlkpgPartition>()).expect("152 bytes");
+    let argument = BlkpgArgument { operation, flags: 0, data_len, data: &raw mut partition };
+    // SAFETY: both structures have the kernel's layout (blkpg.h) and outlive the call; the kernel reads them and keeps neither.
+    let done = unsafe { libc::ioctl(disk.as_raw_fd(), BLKPG, &raw const argument) };
+    Errno::result(done).map(drop).map_err(io::Error::from)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;

@@ -17,12 +17,14 @@
 //!   already a path in the guest; `bundle` is not used.
 //! - `stdin`, `stdout` and `stderr` are `""` (`/dev/null`) or `stream:<decimal id>` ([`stream::StreamId`]).
 //! - `StatsRequest` without an id asks for all containers together.
+//! - `rootfs` is mounts that the agent makes below the container's root, among them images on disks ([`image`]).
 //! - There are no events: the shim holds one `Wait` a process, and one `OomKills` a container.
 //!
 //! Not here: how the host side of vsock is made (the VMM's business) and anything that touches a system call.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod image;
 pub mod log_line;
 pub mod sandbox;
 pub mod stream;

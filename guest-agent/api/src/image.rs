@@ -1,0 +1,58 @@
+//! A mount of a create request that is an image on a disk of the VM: its type, and what its options say.
+//!
+//! `source` is the serial number of the disk ([`crate::disk_serial`]). The options are the parts of the disk, in order:
+//! first the EROFS, then the blobs that it takes its data from. An overlay over it is a mount of its own.
+
+/// `type` of such a mount.
+pub const MOUNT_TYPE: &str = "ctvm-image";
+
+/// Below it, by the container's id, are the images that overlays lie over.
+pub const LOWER_PATH: &str = "/run/ctvm/image";
+/// Below it, by the container's id, are root directories that are not in the file share.
+pub const ROOT_PATH: &str = "/run/ctvm/root";
+
+/// Most parts: an EROFS and as many blobs as an image can have.
+pub const MAX_PARTS: usize = 129;
+
+/// Bytes of a sector, of which a partition is made.
+const SECTOR: u64 = 512;
+
+/// The option for a part of a disk, in bytes.
+pub fn part(start: u64, bytes: u64) -> String {
+    format!("part={start}:{bytes}")
+}
+
+/// What such an option says: first byte and length, whole sectors below 2^63. `None` if it is none.
+pub fn parse_part(option: &str) -> Option<(u64, u64)> {
+    let (start, bytes) = option.strip_prefix("part=")?.split_once(':')?;
+    let (start, bytes): (u64, u64) = (start.parse().ok()?, bytes.parse().ok()?);
+    let end = start.checked_add(bytes)?;
+    let whole = start.is_multiple_of(SECTOR) && bytes.is_multiple_of(SECTOR) && bytes > 0;
+    (whole && i64::try_from(end).is_ok()).then_some((start, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_come_back_from_their_options() {
+        for (start, bytes) in [(0, 512), (8192, 1 << 40), (i64::MAX.cast_unsigned() / 512 * 512 - 512, 512)] {
+            assert_eq!(parse_part(&part(start, bytes)), Some((start, bytes)));
+        }
+        for option in [
+            "ro",
+            "part=",
+            "part=0",
+            "part=0:0",
+            "part=1:512",
+            "part=0:513",
+            "part=-512:512",
+            "part=18446744073709551104:512",
+            "part=9223372036854775296:1024",
+            "part=0:512:0",
+        ] {
+            assert_eq!(parse_part(option), None, "{option}");
+        }
+    }
+}
