@@ -61,6 +61,8 @@ pub struct Config {
     pub timeline_dir: Option<PathBuf>,
     /// How a sandbox grows.
     pub resize: Resize,
+    /// Socket of the node's image service.
+    pub image_service: PathBuf,
     /// Longest times to wait.
     pub timeouts: Timeouts,
     /// What a pod's limits were when it was made. Not the operator's to say: [`Config::fit_to_pod`] reads it.
@@ -100,6 +102,8 @@ pub struct Timeouts {
     pub drain_quiet_ms: u64,
     /// For the guest to grow or to shrink.
     pub resize_ms: u64,
+    /// For the image service to open an image.
+    pub image_ms: u64,
 }
 
 /// `log::LevelFilter` as a word.
@@ -150,6 +154,7 @@ impl Default for Config {
             log_level: LogLevel::Info,
             timeline_dir: None,
             resize: Resize::default(),
+            image_service: "/run/ctvm/images.sock".into(),
             timeouts: Timeouts::default(),
             promised: Need::default(),
         }
@@ -166,6 +171,7 @@ impl Default for Timeouts {
             drain_ms: 10_000,
             drain_quiet_ms: 1_000,
             resize_ms: 30_000,
+            image_ms: 30_000,
         }
     }
 }
@@ -204,6 +210,11 @@ impl Timeouts {
     /// [`Self::resize_ms`].
     pub fn resize(&self) -> Duration {
         Duration::from_millis(self.resize_ms)
+    }
+
+    /// [`Self::image_ms`].
+    pub fn image(&self) -> Duration {
+        Duration::from_millis(self.image_ms)
     }
 }
 
@@ -374,6 +385,7 @@ impl Config {
             ("timeouts.shutdown_ms", t.shutdown_ms),
             ("timeouts.drain_ms", t.drain_ms),
             ("timeouts.drain_quiet_ms", t.drain_quiet_ms),
+            ("timeouts.image_ms", t.image_ms),
         ] {
             if value == 0 || value > MAX_TIMEOUT_MS {
                 return Err(wrong(key, value.to_string(), format!("1 to {MAX_TIMEOUT_MS}")));

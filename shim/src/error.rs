@@ -13,6 +13,7 @@ use crate::container::rootfs::RootfsError;
 use crate::container::spec::SpecError;
 use crate::sandbox::boot::{BootCause, BootError};
 use crate::sandbox::disks::DiskError;
+use crate::sandbox::images::OpenError;
 use crate::sandbox::net::NetError;
 use crate::sandbox::resize::ResizeError;
 use crate::vmm::VmmError;
@@ -93,6 +94,9 @@ pub enum TaskError {
     /// A block device.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] OpenError),
     /// A hook.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -129,6 +133,7 @@ impl TaskError {
                 _ => Code::INVALID_ARGUMENT,
             },
             TaskError::Disk(error) => disk(error),
+            TaskError::Image(error) => image(error),
             TaskError::Hook(error) => match error {
                 HookError::Late { .. } => Code::DEADLINE_EXCEEDED,
                 HookError::NoNetwork { .. } => Code::INVALID_ARGUMENT,
@@ -172,6 +177,17 @@ fn disk(error: &DiskError) -> Code {
         DiskError::Open { source, .. } => os(source),
         DiskError::ReadOnly { .. } => Code::FAILED_PRECONDITION,
         DiskError::Attach { source, .. } | DiskError::Leaving { source, .. } => vmm(source),
+    }
+}
+
+fn image(error: &OpenError) -> Code {
+    match error {
+        OpenError::Absent { .. } | OpenError::Connection { .. } => Code::UNAVAILABLE,
+        OpenError::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+        OpenError::Refused { .. } | OpenError::Version { .. } => Code::FAILED_PRECONDITION,
+        OpenError::Answer { .. } => Code::INTERNAL,
+        OpenError::Attach { source, .. } => vmm(source),
+        OpenError::TooMany { .. } => Code::INVALID_ARGUMENT,
     }
 }
 

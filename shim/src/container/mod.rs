@@ -21,6 +21,7 @@ use crate::container::io::{Copying, Stdio};
 
 pub mod devices;
 pub mod hooks;
+pub mod image;
 pub mod io;
 pub mod limits;
 pub mod logger;

@@ -12,6 +12,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use crate::container::image::{self, ImageError, ImageRoot};
 use containerd_shim_protos::api::Mount;
 use rustix::fs::{CWD, Mode, OFlags, open, statfs};
 use rustix::mount::{
@@ -24,11 +25,20 @@ use rustix::mount::{
 pub enum RootfsError {
     /// A file system we do not mount.
     #[error(
-        "mount of type {kind:?} for the root file system is not supported; supported are overlay and bind"
+        "mount of type {kind:?} for the root file system is not supported; supported are overlay, bind and fuse.nydus-overlayfs"
     )]
     Kind {
         /// Its type.
         kind: String,
+    },
+    /// An image whose bytes come as they are read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// An image among others.
+    #[error("{count} mounts for the root file system, of which one is an image: it must be the only one")]
+    NotAlone {
+        /// How many.
+        count: usize,
     },
     /// An option that asks for something we do not do.
     #[error("option {option:?} of the {kind} mount for the root file system is not supported")]
@@ -89,6 +99,15 @@ const BLOCK_DEVICE: &str = "block device";
 /// Longest option string of `mount(2)`: a page with its final NUL.
 const MAX_DATA: usize = 4095;
 
+/// A root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Root {
+    /// Put together on the host.
+    Tree(Vec<Layer>),
+    /// Put together in the guest.
+    Image(Box<ImageRoot>),
+}
+
 /// One mount, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layer {
@@ -125,15 +144,28 @@ impl Layer {
 ///
 /// # Errors
 /// See [`RootfsError`].
-pub fn parse(mounts: &[Mount]) -> Result<Vec<Layer>, RootfsError> {
-    mounts.iter().map(parse_one).collect()
+pub fn parse(mounts: &[Mount]) -> Result<Root, RootfsError> {
+    match mounts {
+        [mount] if image::is_image(mount) => {
+            check_target(mount)?;
+            Ok(Root::Image(Box::new(image::parse(mount)?)))
+        }
+        _ if mounts.iter().any(image::is_image) => Err(RootfsError::NotAlone { count: mounts.len() }),
+        _ => mounts.iter().map(parse_one).collect::<Result<_, _>>().map(Root::Tree),
+    }
+}
+
+fn check_target(mount: &Mount) -> Result<(), RootfsError> {
+    match mount.target.as_str() {
+        "" | "/" => Ok(()),
+        target => Err(RootfsError::Target { target: target.to_owned() }),
+    }
 }
 
 fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
-    let kind = mount.type_.as_str();
-    if !matches!(mount.target.as_str(), "" | "/") {
-        return Err(RootfsError::Target { target: mount.target.clone() });
-    }
+    // The helper makes an ordinary overlay of what says nothing of an image.
+    let kind = if image::is_helper(&mount.type_) { "overlay" } else { mount.type_.as_str() };
+    check_target(mount)?;
     let is_bind =
         matches!(kind, "bind" | "rbind") || mount.options.iter().any(|o| o == "bind" || o == "rbind");
     if !is_bind && kind != "overlay" {
@@ -272,7 +304,11 @@ fn common_directory(paths: &[PathBuf]) -> Option<PathBuf> {
     Some(common).filter(|c| c.is_absolute())
 }
 
-fn clone_tree(path: &Path, recursive: bool) -> Result<OwnedFd, RootfsError> {
+/// A detached mount of `path`, with what is mounted below it or without.
+///
+/// # Errors
+/// [`RootfsError::Os`].
+pub fn clone_tree(path: &Path, recursive: bool) -> Result<OwnedFd, RootfsError> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
@@ -378,13 +414,35 @@ mod tests {
         mount
     }
 
+    fn layers(mounts: &[Mount]) -> Vec<Layer> {
+        match parse(mounts).unwrap() {
+            Root::Tree(layers) => layers,
+            Root::Image(image) => panic!("{image:?}"),
+        }
+    }
+
+    #[test]
+    fn an_image_is_the_only_mount() {
+        // {"source":"/b","config":"{}"}
+        let option = "extraoption=eyJzb3VyY2UiOiIvYiIsImNvbmZpZyI6Int9In0=";
+        let image = mount_of("fuse.nydus-overlayfs", "overlay", &["lowerdir=/m", option]);
+        assert!(matches!(parse(std::slice::from_ref(&image)), Ok(Root::Image(root)) if root.config == "{}"));
+        let two = [image.clone(), mount_of("bind", "/x", &["rbind"])];
+        assert!(parse(&two).unwrap_err().to_string().starts_with("2 mounts for the root file system"));
+        let below = Mount { target: "/data".into(), ..image };
+        assert!(parse(&[below]).unwrap_err().to_string().contains("/data"));
+        // To the helper it is an overlay.
+        let plain = [mount_of("fuse.nydus-overlayfs", "overlay", &["lowerdir=/a:/b"])];
+        assert!(matches!(&layers(&plain)[..], [Layer::Overlay { lower, .. }] if lower.len() == 2));
+    }
+
     #[test]
     fn an_overlay_as_containerd_hands_it_over() {
         let snapshots = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let lower = format!("lowerdir={snapshots}/2/fs:{snapshots}/1/fs");
         let upper = format!("upperdir={snapshots}/3/fs");
         let work = format!("workdir={snapshots}/3/work");
-        let layers = parse(&[mount_of("overlay", "overlay", &["index=off", &work, &upper, &lower])]).unwrap();
+        let layers = layers(&[mount_of("overlay", "overlay", &["index=off", &work, &upper, &lower])]);
         let [Layer::Overlay { lower, rest, read_only: false }] = layers.as_slice() else {
             panic!("{layers:?}")
         };
@@ -398,7 +456,7 @@ mod tests {
 
     #[test]
     fn binds_of_a_view_are_read_only() {
-        let layers = parse(&[mount_of("bind", "/srv/rootfs", &["ro", "rbind"])]).unwrap();
+        let layers = layers(&[mount_of("bind", "/srv/rootfs", &["ro", "rbind"])]);
         assert_eq!(layers, [Layer::Bind { source: "/srv/rootfs".into(), recursive: true, read_only: true }]);
         assert!(layers[0].read_only());
     }
@@ -407,7 +465,7 @@ mod tests {
     fn what_is_not_supported_is_refused_by_name() {
         let error = |mount: Mount| parse(&[mount]).unwrap_err().to_string();
         assert!(error(mount_of("erofs", "/x", &[])).contains("type \"erofs\""));
-        assert!(error(mount_of("fuse.nydus-overlayfs", "overlay", &[])).contains("nydus"));
+        assert!(error(mount_of("fuse.sshfs", "overlay", &[])).contains("sshfs"));
         let e = error(mount_of("overlay", "o", &["lowerdir=/a:/b", "X-containerd.mkdir.path=/c"]));
         assert!(e.contains("\"X-containerd.mkdir.path=/c\" of the overlay mount"), "{e}");
         assert!(error(mount_of("bind", "/x", &["loop", "rbind"])).contains("\"loop\""));

@@ -213,6 +213,13 @@ pub fn for_guest(mut config: Value, role: Role, place: Place<'_>) -> Result<Gues
     Ok(spec)
 }
 
+impl GuestSpec {
+    /// The container's root directory is elsewhere in the guest than in the file share.
+    pub fn set_root(&mut self, path: &str) {
+        self.config["root"]["path"] = path.into();
+    }
+}
+
 /// Leaves what runs in the container.
 fn rewrite_hooks(top: &mut Map<String, Value>) -> Result<(), SpecError> {
     let Some(mut hooks) = top.remove("hooks") else { return Ok(()) };

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use agent_api::sandbox::{NetworkStep, SetupRequest, SetupResponse};
 use agent_api::{AGENT_PORT, GUEST_CID, LOG_PORT, SHARE_TAG, STREAM_PORT};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use vmm_api::{
     ConsoleConfig, DiskConfig, Event, FdIndex, FsConfig, GuestMemoryBacking, KernelConfig, MemoryConfig,
     NetConfig, Op, Reply, Resized, VmConfig, VsockConfig,
@@ -26,6 +26,7 @@ use crate::sandbox::complaints::Complaints;
 use crate::sandbox::console::Console;
 use crate::sandbox::disks::{Disk, DiskError, Disks};
 use crate::sandbox::guest_log;
+use crate::sandbox::images::Images;
 use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
 use crate::sandbox::resize::{self, Change};
@@ -84,6 +85,8 @@ pub struct Vm {
     pub grown: Option<Result<Resized, VmmError>>,
     /// Its disks beside the guest's image.
     pub disks: tokio::sync::Mutex<Disks>,
+    /// How its images are opened again.
+    pub images: Images,
 }
 
 /// Where a boot can fail.
@@ -195,6 +198,7 @@ pub async fn boot(
     hardware: Hardware,
     slot: &mut ControlSlot,
     timeline: &Timeline,
+    lost_images: mpsc::UnboundedSender<String>,
     spawned: impl FnOnce(u32),
 ) -> Result<Vm, BootError> {
     let console = Console::open();
@@ -223,10 +227,13 @@ pub async fn boot(
     let Hardware { network, disks } = &hardware;
     fds.extend(network.devices.iter().flat_map(|device| &device.taps).map(AsFd::as_fd));
     fds.extend(disks.iter().map(|disk| disk.file().as_fd()));
-    match come_up(plan, &hardware, &vmm, events, &streams, &fds, timeline).await {
+    let (agent_tx, agent) = oneshot::channel();
+    tokio::spawn(dispatch(events, streams.clone(), agent_tx, lost_images));
+    match come_up(plan, &hardware, &vmm, agent, &fds, timeline).await {
         Ok((agent, grown)) => {
+            let (boot, images) = (plan.config.boot_size(), Images::default());
             let disks = tokio::sync::Mutex::new(Disks::of_boot(disks));
-            Ok(Vm { vmm, agent, streams, console, boot: plan.config.boot_size(), grown, disks })
+            Ok(Vm { vmm, agent, streams, console, boot, grown, disks, images })
         }
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
@@ -240,16 +247,12 @@ async fn come_up(
     plan: &Plan,
     hardware: &Hardware,
     vmm: &Vmm,
-    events: Events,
-    streams: &Arc<Streams>,
+    agent: oneshot::Receiver<OwnedFd>,
     fds: &[BorrowedFd<'_>],
     timeline: &Timeline,
 ) -> Result<(Agent, Option<Result<Resized, VmmError>>), (Stage, BootCause)> {
     let config = &plan.config;
     let limit = config.timeouts.vmm();
-    let (agent_tx, agent) = oneshot::channel();
-    tokio::spawn(dispatch(events, streams.clone(), agent_tx));
-
     let configure = Op::Configure(Box::new(vm_config(plan, hardware)));
     vmm.call(configure, fds, limit).await.map_err(|e| (Stage::Configure, e.into()))?;
     let (reply, _) = vmm.call(Op::Boot, &[], limit).await.map_err(|e| (Stage::Boot, e.into()))?;
@@ -327,12 +330,25 @@ fn init_started(setup: &SetupResponse, ready_us: u64) -> u64 {
 }
 
 /// Hands the guest's connections to whom they are for, until the VMM ends.
-async fn dispatch(mut events: Events, streams: Arc<Streams>, agent: oneshot::Sender<OwnedFd>) {
+async fn dispatch(
+    mut events: Events,
+    streams: Arc<Streams>,
+    agent: oneshot::Sender<OwnedFd>,
+    lost_images: mpsc::UnboundedSender<String>,
+) {
     let mut agent = Some(agent);
     let mut logging = false;
     let mut complaints = Complaints::about("a connection of the guest was closed");
     while let Some((event, mut fds)) = events.recv().await {
-        let Event::VsockAccepted { port, guest_port, socket } = event else { continue };
+        let (port, guest_port, socket) = match event {
+            Event::VsockAccepted { port, guest_port, socket } => (port, guest_port, socket),
+            Event::ImageLost { disk } => {
+                // Nobody listens when the boot has failed.
+                let _ = lost_images.send(disk);
+                continue;
+            }
+            Event::Exiting { .. } => continue,
+        };
         if fds.len() != 1 || socket != FdIndex(0) {
             log::error!("the VMM announced a connection without its socket");
             continue;
@@ -390,6 +406,8 @@ fn vm_config(plan: &Plan, hardware: &Hardware) -> VmConfig {
         rng: !std::arch::is_x86_feature_detected!("rdrand"),
         balloon: false,
         fs: Some(FsConfig { tag: SHARE_TAG.into(), threads: config.fs_threads }),
+        // Which containers come, and whether their root file systems are images, is known when it runs.
+        images: true,
         nets: net_configs(&network.devices),
         console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
         ..VmConfig::new(boot.memory_mib, kernel)

@@ -17,6 +17,7 @@ use vmm_api::{FdIndex, FsCache, Op};
 
 use crate::args;
 use crate::container::hooks::{HookError, Moment, Subject};
+use crate::container::image::ImageRoot;
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
 use crate::container::overview::{Overview, Role};
@@ -27,6 +28,7 @@ use crate::error::TaskError;
 use crate::events::Event;
 use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
+use crate::sandbox::images;
 use crate::sandbox::pod;
 use crate::sandbox::streams::Expected;
 
@@ -39,6 +41,8 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 struct ShareOptions {
     read_only: bool,
     cache: FsCache,
+    /// A layer of an overlay in the guest.
+    layer: bool,
 }
 
 impl Sandbox {
@@ -127,7 +131,13 @@ impl Sandbox {
             container.set_name(name);
         }
         container.set_hooks(overview.hooks.clone(), subject(&container.id, &container.bundle, &overview));
-        let layers = rootfs::parse(&request.rootfs)?;
+        let root = rootfs::parse(&request.rootfs)?;
+        if let rootfs::Root::Image(image) = &root {
+            for warning in &image.warnings {
+                log::warn!(container:% = id; "{warning}");
+            }
+            guest.set_root(&images::root_path(id));
+        }
 
         let vm = self.vm().await?;
         // What stands for the pod does nothing.
@@ -139,8 +149,17 @@ impl Sandbox {
             let number = self.disk(&vm, id, disk).await?;
             guest.set_disk(index, number);
         }
-        let (root, options) = root(bundle, &layers, &overview)?;
-        self.share(&vm, container, id, root, options).await?;
+        let rootfs = match root {
+            rootfs::Root::Tree(layers) => {
+                let (root, options) = tree(bundle, &layers, &overview)?;
+                self.share(&vm, container, id, root, options).await?;
+                Vec::new()
+            }
+            rootfs::Root::Image(image) => {
+                self.share_layers(&vm, container, &image).await?;
+                self.add_image(&vm, id, &image).await?
+            }
+        };
         for (index, bind) in guest.binds.clone().into_iter().enumerate() {
             if let Some(HugePages { volume, page }) = rootfs::huge_pages(&bind.source) {
                 guest.set_huge_pages(index, &volume, page);
@@ -151,7 +170,7 @@ impl Sandbox {
                 let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
                 guest.set_bind_source(index, &in_guest);
             }
-            let options = ShareOptions { read_only: bind.read_only, cache: FsCache::Shared };
+            let options = ShareOptions { read_only: bind.read_only, cache: FsCache::Shared, layer: false };
             self.share(&vm, container, &bind.share, tree.dir, options).await?;
         }
 
@@ -163,6 +182,7 @@ impl Sandbox {
         (to_agent.stdin, to_agent.stdout, to_agent.stderr) = named.names();
         to_agent.options = MessageField::some(any(SPEC_TYPE_URL, guest.to_json()));
         drop(guest);
+        to_agent.rootfs = rootfs;
         vm.agent.create(&to_agent).await.map_err(|e| self.explained(e))?;
         if let Err(e) = self.run_hooks(container, Moment::Made).await {
             // What is said is the hook's failure, whatever comes of this.
@@ -212,16 +232,35 @@ impl Sandbox {
         dir: OwnedFd,
         options: ShareOptions,
     ) -> Result<(), TaskError> {
-        let ShareOptions { read_only, cache } = options;
+        let ShareOptions { read_only, cache, layer } = options;
         let mount =
-            Op::FsMount { share: None, at: name.to_owned(), dir: FdIndex(0), read_only, cache, layer: false };
+            Op::FsMount { share: None, at: name.to_owned(), dir: FdIndex(0), read_only, cache, layer };
         vm.vmm.call(mount, &[dir.as_fd()], self.config.timeouts.vmm()).await?;
         container.add_share(name);
         Ok(())
     }
 
+    /// Shows what lies over an image: layers of the host, and the directory that is written to.
+    async fn share_layers(&self, vm: &Vm, container: &Container, image: &ImageRoot) -> Result<(), TaskError> {
+        // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
+        let options = |read_only| ShareOptions { read_only, cache: FsCache::Exclusive, layer: true };
+        for (index, layer) in image.layers.iter().enumerate() {
+            let dir = rootfs::clone_tree(layer, false)?;
+            self.share(vm, container, &images::layer_share(&container.id, index), dir, options(true)).await?;
+        }
+        if let Some(upper) = &image.upper {
+            // Without what the host has mounted there.
+            let dir = rootfs::clone_tree(&upper.parent, false)?;
+            self.share(vm, container, &images::upper_share(&container.id), dir, options(false)).await?;
+        }
+        Ok(())
+    }
+
     /// Takes the container's directories back from the guest.
     pub(super) async fn unshare(&self, container: &Container) {
+        if let Some(vm) = self.running_vm() {
+            self.detach_images(&vm, &container.id).await;
+        }
         for name in container.take_shares() {
             if let Some(vm) = self.running_vm() {
                 let unmount = Op::FsUnmount { share: None, at: name.clone() };
@@ -316,8 +355,8 @@ fn subject(id: &str, bundle: &str, overview: &Overview) -> Subject {
     }
 }
 
-/// The container's root directory, and how the guest sees it.
-fn root(
+/// The container's root directory as the host puts it together, and how the guest sees it.
+fn tree(
     bundle: &Path,
     layers: &[rootfs::Layer],
     overview: &Overview,
@@ -326,13 +365,13 @@ fn root(
         // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
         let path = bundle.join(&overview.root.path);
         let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
-        let options = ShareOptions { read_only: false, cache: FsCache::Shared };
+        let options = ShareOptions { read_only: false, cache: FsCache::Shared, layer: false };
         return Ok((rootfs::assemble(&[layer], bundle)?, options));
     }
     let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
     // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
     let read_only = layers.iter().any(rootfs::Layer::read_only);
-    Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive }))
+    Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive, layer: false }))
 }
 
 /// The streams of a process under the names that the agent is told.

@@ -6,7 +6,7 @@
 //! ([`disk_serial`]), and no number is used twice in a VM's life.
 //!
 //! A disk that the guest does not give up stays with the VM, *leaving*; whoever wants the block device again has the guest
-//! asked once more.
+//! asked once more. Images (`images`) are disks too, and count with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -118,6 +118,7 @@ struct Held {
 #[derive(Debug, Default)]
 pub struct Disks {
     held: BTreeMap<u32, Held>,
+    images: BTreeSet<u32>,
     /// The next number.
     next: u32,
 }
@@ -127,7 +128,30 @@ impl Disks {
     pub fn of_boot(disks: &[Disk]) -> Self {
         let held: BTreeMap<u32, Held> = (0..).zip(disks.iter().map(|disk| disk.held(None))).collect();
         let next = u32::try_from(held.len()).expect("a VM has few disks");
-        Disks { held, next }
+        Disks { held, next, ..Disks::default() }
+    }
+
+    /// Number of the next disk. Not given again, whatever comes of it: the guest may have a disk of this number that it was slow to
+    /// take.
+    ///
+    /// # Errors
+    /// The VM has as many as it can have: so many.
+    pub fn next_number(&mut self) -> Result<u32, usize> {
+        if self.held.len() + self.images.len() >= LIMIT {
+            return Err(LIMIT);
+        }
+        self.next += 1;
+        Ok(self.next - 1)
+    }
+
+    /// The disk of this number is there, and is an image.
+    pub fn add_image(&mut self, number: u32) {
+        self.images.insert(number);
+    }
+
+    /// The image with this serial number is gone.
+    pub fn remove_image(&mut self, serial: &str) {
+        self.images.retain(|number| disk_serial(*number) != serial);
     }
 
     /// One that is asked for, if the VM has it.
@@ -242,13 +266,8 @@ impl Sandbox {
             left.map_err(|source| DiskError::Leaving { path: wanted.path.clone(), source })?;
             disks.held.remove(&number);
         }
-        if disks.held.len() == LIMIT {
-            return Err(DiskError::TooMany { count: LIMIT + 1 }.into());
-        }
         let disk = Disk::open(wanted)?;
-        let number = disks.next;
-        // Not used again, whatever comes of it: the guest may have a disk of this number that it was slow to take.
-        disks.next += 1;
+        let number = disks.next_number().map_err(|limit| DiskError::TooMany { count: limit + 1 })?;
         let device = NewDevice::Disk(disk.config(number, FdIndex(0)));
         let attach = Op::Attach { device, timeout_ms: self.plug_ms() };
         let limit = self.plug_limit();
@@ -284,13 +303,13 @@ impl Sandbox {
     }
 
     /// How long guest and VMM may take over a disk, in milliseconds.
-    fn plug_ms(&self) -> u32 {
+    pub(super) fn plug_ms(&self) -> u32 {
         let ms = self.config.timeouts.vmm().as_millis();
         u32::try_from(ms).unwrap_or(u32::MAX).clamp(1, MAX_PLUG_MS)
     }
 
     /// How long the VMM's answer may take, which has the numbers: longer than that.
-    fn plug_limit(&self) -> Duration {
+    pub(super) fn plug_limit(&self) -> Duration {
         Duration::from_millis(self.plug_ms().into()) + self.config.timeouts.vmm()
     }
 }
@@ -309,7 +328,7 @@ mod tests {
     }
 
     fn disks(held: impl IntoIterator<Item = Held>) -> Disks {
-        Disks { held: (0..).zip(held).collect(), next: 9 }
+        Disks { held: (0..).zip(held).collect(), next: 9, ..Disks::default() }
     }
 
     #[test]
@@ -332,6 +351,21 @@ mod tests {
         assert_eq!(disks.release("b"), [1]);
         // One that leaves can become another's, and writable.
         assert_eq!(disks.find(&wanted(7, 1, false)).unwrap(), Some(1));
+    }
+
+    #[test]
+    fn images_and_block_devices_count_together_and_numbers_are_not_given_twice() {
+        let mut disks = disks([held(0, false, None)]);
+        let behind = 8 + u32::try_from(LIMIT).unwrap();
+        for number in 9..behind {
+            assert_eq!(disks.next_number(), Ok(number));
+            disks.add_image(number);
+        }
+        assert_eq!(disks.next_number(), Err(LIMIT));
+        disks.remove_image("somebody else's");
+        assert_eq!(disks.next_number(), Err(LIMIT));
+        disks.remove_image(&disk_serial(9));
+        assert_eq!(disks.next_number(), Ok(behind));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::clock;
 use crate::config::Config;
@@ -38,6 +38,7 @@ pub mod create;
 pub mod disks;
 pub mod forward;
 pub mod guest_log;
+pub mod images;
 pub mod lifecycle;
 pub mod net;
 pub mod oom;
@@ -185,12 +186,14 @@ impl Sandbox {
                 log::debug!("oom_score_adj {score} of the VMM: {e}");
             }
         };
-        match boot::boot(&plan, Hardware { network, disks }, slot, &self.timeline, spawned).await {
+        let (lost, lost_images) = mpsc::unbounded_channel();
+        match boot::boot(&plan, Hardware { network, disks }, slot, &self.timeline, lost, spawned).await {
             Ok(vm) => {
                 self.grown(&vm);
                 let vm = Arc::new(vm);
                 self.vm.send_replace(Progress::Up(vm.clone()));
                 tokio::spawn(self.clone().watch_vm(vm.clone()));
+                tokio::spawn(self.clone().reopen_images(vm.clone(), lost_images));
                 if !groups.is_empty() {
                     tokio::spawn(self.clone().move_shim(groups));
                 }

@@ -1,0 +1,409 @@
+//! Images whose bytes come as they are read: opened at the node's image service, given to the VM as disks, mounted by the
+//! agent.
+//!
+//! ```text
+//! Create ── OpenRequest ──> image service        (vmm_api::image)
+//!        <─ bootstrap, cache files ─
+//!        ── Attach: those and the connection ──> VMM ── Fetch … ──> image service
+//!        ── rootfs: image on disk N, overlay ──> agent
+//! ImageLost ── the same OpenRequest, with back-off ──> image service
+//!           ── ImageChannel ──> VMM
+//! ```
+//!
+//! The connection is the lease on the image's bytes in the cache; the VMM holds it. When the service goes away, what the
+//! guest reads waits in the VMM while the image is opened again here: containers notice nothing but time.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use agent_api::task::Mount;
+use agent_api::{SHARE_PATH, disk_serial, image};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use vmm_api::frame::{self, FrameError, Packet};
+use vmm_api::image::{MAX_BLOBS, OpenReply, OpenRequest, OpenedImage, disk_parts};
+use vmm_api::{BlobConfig, DeviceName, DiskConfig, FdIndex, ImageConfig, NewDevice, Op};
+
+use crate::container::image::{ImageRoot, Upper};
+use crate::error::chain;
+use crate::sandbox::Sandbox;
+use crate::sandbox::boot::Vm;
+use crate::vmm::VmmError;
+use crate::watched::watch;
+
+/// The version of the bootstraps that a guest can mount.
+const VERSION: u8 = 6;
+/// How long to wait before an image is opened again at a service that is away, at first and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// An image cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nobody is there.
+    #[error(
+        "no image service at {path}: start it on this node with `ctvm-images serve`, or name its socket by `image_service` in the runtime's configuration"
+    )]
+    Absent {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The connection failed.
+    #[error("image service at {path}")]
+    Connection {
+        /// Where it is.
+        path: PathBuf,
+        /// How.
+        #[source]
+        source: FrameError,
+    },
+    /// It did not answer.
+    #[error("the image service at {path} did not answer within {after:?}")]
+    Deadline {
+        /// Where it is.
+        path: PathBuf,
+        /// How long it had.
+        after: Duration,
+    },
+    /// It cannot open the image.
+    #[error("the image service cannot open {bootstrap}: {reason}")]
+    Refused {
+        /// The image.
+        bootstrap: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+    /// An answer that cannot be one.
+    #[error("the image service's answer: {reason}")]
+    Answer {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An image that a guest cannot mount.
+    #[error(
+        "{bootstrap} is RAFS {version}; supported is 6, an EROFS: convert the image anew with --fs-version 6"
+    )]
+    Version {
+        /// The image.
+        bootstrap: PathBuf,
+        /// What it is.
+        version: u8,
+    },
+    /// The VMM does not take it as a disk.
+    #[error("image {bootstrap} as a disk of the VM")]
+    Attach {
+        /// The image.
+        bootstrap: PathBuf,
+        /// What it said.
+        #[source]
+        source: VmmError,
+    },
+    /// More than a VM can have.
+    #[error("{count} disks, a VM has {limit} for images and block devices")]
+    TooMany {
+        /// How many there would be.
+        count: usize,
+        /// How many there can be.
+        limit: usize,
+    },
+}
+
+/// An image as the service opened it.
+#[derive(Debug)]
+pub struct Opened {
+    channel: OwnedFd,
+    bootstrap: OwnedFd,
+    bootstrap_bytes: u64,
+    image: OpenedImage,
+    files: Vec<OwnedFd>,
+}
+
+/// What is needed to open an image again: by the serial number of its disk.
+#[derive(Debug, Default)]
+pub struct Images(Mutex<HashMap<String, (String, OpenRequest)>>);
+
+impl Images {
+    fn add(&self, container: &str, serial: String, request: OpenRequest) {
+        self.lock().insert(serial, (container.to_owned(), request));
+    }
+
+    /// Forgets the images of a container; the serial numbers of their disks.
+    pub fn forget(&self, container: &str) -> Vec<String> {
+        self.lock().extract_if(|_, (owner, _)| owner == container).map(|(serial, _)| serial).collect()
+    }
+
+    fn request(&self, serial: &str) -> Option<OpenRequest> {
+        self.lock().get(serial).map(|(_, request)| request.clone())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, OpenRequest)>> {
+        self.0.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+/// Opens an image at the service that listens at `path`.
+///
+/// # Errors
+/// [`OpenError`].
+pub async fn open(path: &Path, request: &OpenRequest, limit: Duration) -> Result<Opened, OpenError> {
+    let exchange = async {
+        let channel = dial(path).await?;
+        let connection = |source| OpenError::Connection { path: path.to_owned(), source };
+        let bytes = serde_json::to_vec(request).expect("our own types serialise");
+        send(&channel, &bytes).await.map_err(connection)?;
+        let packet = receive(&channel).await.map_err(connection)?;
+        taken_apart(packet, channel.into_inner(), request)
+    };
+    let late = |_| OpenError::Deadline { path: path.to_owned(), after: limit };
+    tokio::time::timeout(limit, exchange).await.map_err(late)?
+}
+
+/// Connects; a service with a full backlog is waited for.
+async fn dial(path: &Path) -> Result<AsyncFd<OwnedFd>, OpenError> {
+    const AGAIN: Duration = Duration::from_millis(20);
+    let absent = |e: Errno| OpenError::Absent { path: path.to_owned(), source: e.into() };
+    let connection =
+        |e: std::io::Error| OpenError::Connection { path: path.to_owned(), source: FrameError::Socket(e) };
+    let address = SocketAddrUnix::new(path).map_err(absent)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+    let socket = socket.map_err(|e| connection(e.into()))?;
+    loop {
+        match connect(&socket, &address) {
+            Ok(()) => return watch(socket).map_err(connection),
+            // The kernel has no event for it.
+            Err(Errno::AGAIN) => tokio::time::sleep(AGAIN).await,
+            Err(Errno::INTR) => {}
+            Err(e @ (Errno::NOENT | Errno::CONNREFUSED)) => return Err(absent(e)),
+            Err(e) => return Err(connection(e.into())),
+        }
+    }
+}
+
+async fn send(channel: &AsyncFd<OwnedFd>, bytes: &[u8]) -> Result<(), FrameError> {
+    loop {
+        let mut ready = channel.writable().await.map_err(FrameError::Socket)?;
+        match frame::send(channel.get_ref(), bytes, &[]) {
+            Err(e) if e.would_block() => ready.clear_ready(),
+            sent => return sent,
+        }
+    }
+}
+
+async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<Packet, FrameError> {
+    loop {
+        let mut ready = channel.readable().await.map_err(FrameError::Socket)?;
+        match frame::recv(channel.get_ref()) {
+            Err(e) if e.would_block() => ready.clear_ready(),
+            received => return received,
+        }
+    }
+}
+
+/// Checks an answer as far as the shim relies on it. The rest is the VMM's to check.
+fn taken_apart(packet: Packet, channel: OwnedFd, request: &OpenRequest) -> Result<Opened, OpenError> {
+    let OpenRequest::Open { bootstrap: path, .. } = request;
+    let answer = |reason: String| OpenError::Answer { reason };
+    let reply = serde_json::from_slice(&packet.bytes).map_err(|e| answer(e.to_string()))?;
+    let image = match reply {
+        OpenReply::Opened(image) => image,
+        OpenReply::Refused { reason } => {
+            return Err(OpenError::Refused { bootstrap: path.clone(), reason });
+        }
+    };
+    if image.version != VERSION {
+        return Err(OpenError::Version { bootstrap: path.clone(), version: image.version });
+    }
+    if image.blobs.len() > MAX_BLOBS {
+        return Err(answer(format!("{} blobs, must be 0 to {MAX_BLOBS}", image.blobs.len())));
+    }
+    let count = packet.fds.len();
+    let mut fds = packet.fds.into_iter();
+    let bootstrap = fds.next().filter(|_| count == image.blobs.len() + 1);
+    let bootstrap = bootstrap.ok_or_else(|| {
+        answer(format!("{count} descriptors for a bootstrap and {} blobs", image.blobs.len()))
+    })?;
+    let stat = rustix::fs::fstat(&bootstrap).map_err(|e| answer(format!("the bootstrap: {e}")))?;
+    let bootstrap_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    Ok(Opened { channel, bootstrap, bootstrap_bytes, image, files: fds.collect() })
+}
+
+impl Opened {
+    /// The disk for the VMM, and its descriptors, of which the first is number `first` of the packet.
+    fn disk(&self, serial: &str, first: u8) -> (DiskConfig, Vec<BorrowedFd<'_>>) {
+        let (blobs, fds) = self.parts(first + 1);
+        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS };
+        let disk = DiskConfig { image: Some(image), ..DiskConfig::read_only(FdIndex(first), serial) };
+        (disk, std::iter::once(self.bootstrap.as_fd()).chain(fds).collect())
+    }
+
+    /// Connection and cache files; the connection is number `first` of the packet.
+    fn parts(&self, first: u8) -> (Vec<BlobConfig>, Vec<BorrowedFd<'_>>) {
+        let blobs = (first + 1..).zip(&self.image.blobs);
+        let blobs = blobs.map(|(file, blob)| BlobConfig { file: FdIndex(file), bytes: blob.bytes }).collect();
+        let fds = std::iter::once(&self.channel).chain(&self.files).map(|fd| fd.as_fd()).collect();
+        (blobs, fds)
+    }
+
+    /// The mount of the disk for the agent.
+    fn mount(&self, serial: &str, target: String) -> Result<Mount, OpenError> {
+        let parts = disk_parts(self.bootstrap_bytes, self.image.blobs.iter().map(|blob| blob.bytes));
+        let parts = parts.ok_or_else(|| OpenError::Answer {
+            reason: "bootstrap and blobs are larger than a disk".to_owned(),
+        })?;
+        Ok(Mount {
+            type_: image::MOUNT_TYPE.to_owned(),
+            source: serial.to_owned(),
+            target,
+            options: parts.iter().map(|part| image::part(part.start, part.bytes)).collect(),
+            ..Mount::default()
+        })
+    }
+}
+
+/// How long a guest's read waits for bytes, in milliseconds, before it fails.
+const WAIT_MS: u32 = 60_000;
+
+/// Where the guest has the root directory of a container that is an image.
+pub fn root_path(container: &str) -> String {
+    format!("{}/{container}", image::ROOT_PATH)
+}
+
+/// Name in the file share of the directory with the writable layer, and of the layers over the image.
+pub fn upper_share(container: &str) -> String {
+    format!("{container}-upper")
+}
+
+/// See [`upper_share`].
+pub fn layer_share(container: &str, layer: usize) -> String {
+    format!("{container}-layer-{layer}")
+}
+
+impl Sandbox {
+    /// Opens a container's image and gives it to the VM; the mounts for the agent.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub(super) async fn add_image(
+        &self,
+        vm: &Vm,
+        container: &str,
+        root: &ImageRoot,
+    ) -> Result<Vec<Mount>, OpenError> {
+        let request = OpenRequest::Open { bootstrap: root.bootstrap.clone(), config: root.config.clone() };
+        let opened = open(&self.config.image_service, &request, self.config.timeouts.image()).await?;
+        let serial = self.attach_image(vm, &opened, &root.bootstrap).await?;
+        vm.images.add(container, serial.clone(), request);
+        let lower = format!("{}/{container}", image::LOWER_PATH);
+        let overlay = overlay(container, root, &lower);
+        let image = opened.mount(&serial, if overlay.is_some() { lower } else { root_path(container) })?;
+        Ok(std::iter::once(image).chain(overlay).collect())
+    }
+
+    async fn attach_image(&self, vm: &Vm, opened: &Opened, bootstrap: &Path) -> Result<String, OpenError> {
+        let mut disks = vm.disks.lock().await;
+        let number = disks.next_number().map_err(|limit| OpenError::TooMany { count: limit + 1, limit })?;
+        let serial = disk_serial(number);
+        let (disk, fds) = opened.disk(&serial, 0);
+        let attach = Op::Attach { device: NewDevice::Disk(disk), timeout_ms: self.plug_ms() };
+        let attached = vm.vmm.call(attach, &fds, self.plug_limit()).await;
+        attached.map_err(|source| OpenError::Attach { bootstrap: bootstrap.to_owned(), source })?;
+        disks.add_image(number);
+        Ok(serial)
+    }
+
+    /// Takes a container's images away from the VM. Its mounts in the guest are gone.
+    pub(super) async fn detach_images(&self, vm: &Vm, container: &str) {
+        for serial in vm.images.forget(container) {
+            let detach = Op::Detach { device: DeviceName::Disk(serial.clone()), timeout_ms: self.plug_ms() };
+            match vm.vmm.call(detach, &[], self.plug_limit()).await {
+                Ok(_) => vm.disks.lock().await.remove_image(&serial),
+                // It stays, and keeps its number, until the VM ends.
+                Err(e) => log::warn!(container:%; "taking disk {serial} away: {}", chain(&e)),
+            }
+        }
+    }
+
+    /// Opens images again whose connection was lost, until the VM ends.
+    pub(super) async fn reopen_images(
+        self: Arc<Self>,
+        vm: Arc<Vm>,
+        mut lost: mpsc::UnboundedReceiver<String>,
+    ) {
+        while let Some(serial) = lost.recv().await {
+            log::warn!("disk {serial} has lost the image service: its image is opened again");
+            // Each by itself: one that cannot be opened any more holds up no other.
+            tokio::spawn(self.clone().reopen_image(vm.clone(), serial));
+        }
+    }
+
+    async fn reopen_image(self: Arc<Self>, vm: Arc<Vm>, serial: String) {
+        let (mut pause, longest) = BACK_OFF;
+        let mut said = String::new();
+        // Until its container is deleted.
+        while let Some(request) = vm.images.request(&serial)
+            && vm.vmm.exit().is_none()
+        {
+            match self.reconnect_image(&vm, &serial, &request).await {
+                Ok(()) => return log::info!("disk {serial} has its image again"),
+                Err(error) => {
+                    let error = chain(&*error);
+                    // Once for each reason, however long it takes.
+                    if error != said {
+                        log::warn!("disk {serial}: {error}");
+                        said = error;
+                    }
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    async fn reconnect_image(
+        &self,
+        vm: &Vm,
+        serial: &str,
+        request: &OpenRequest,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let opened = open(&self.config.image_service, request, self.config.timeouts.image()).await?;
+        let (blobs, fds) = opened.parts(0);
+        let op = Op::ImageChannel { disk: serial.to_owned(), channel: FdIndex(0), blobs };
+        vm.vmm.call(op, &fds, self.config.timeouts.vmm()).await?;
+        Ok(())
+    }
+}
+
+/// The overlay over an image that the guest has mounted at `lower`; none if there is nothing to lie over it.
+fn overlay(container: &str, root: &ImageRoot, lower: &str) -> Option<Mount> {
+    let share = |name: &str| format!("{SHARE_PATH}/{name}");
+    let layers = (0..root.layers.len()).map(|layer| share(&layer_share(container, layer)));
+    let lowers: Vec<String> = layers.chain([lower.to_owned()]).collect();
+    let mut options = vec![format!("lowerdir={}", lowers.join(":"))];
+    match &root.upper {
+        Some(Upper { upper, work, .. }) => {
+            let parent = share(&upper_share(container));
+            options.push(format!("upperdir={parent}/{}", upper.display()));
+            options.push(format!("workdir={parent}/{}", work.display()));
+        }
+        None if root.layers.is_empty() => return None,
+        None => options.push("ro".to_owned()),
+    }
+    // The file share has no `trusted` attributes; its layers have marks for opaque directories in their place.
+    options.extend(["userxattr", "index=off", "xino=off"].map(str::to_owned));
+    if root.volatile {
+        options.push("volatile".to_owned());
+    }
+    let (type_, source) = ("overlay".to_owned(), "overlay".to_owned());
+    Some(Mount { type_, source, options, ..Mount::default() })
+}
+
+#[cfg(test)]
+mod tests;
