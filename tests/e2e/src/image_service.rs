@@ -1,14 +1,20 @@
 //! An image service of the tests' own: cache files whose blocks come when the test says so. What the real one does with
 //! registries is not its business.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+};
 use vmm_api::frame::{self, FrameError};
-use vmm_api::image::{BLOCK, Fetch, Fetched, ready_map_bytes, ready_map_offset};
+use vmm_api::image::{
+    BLOCK, Blob, Fetch, Fetched, OpenReply, OpenRequest, OpenedImage, ready_map_bytes, ready_map_offset,
+};
 use vmm_api::{BlobConfig, DiskConfig, FdIndex, ImageConfig, Op};
 
 use crate::command::LIMIT;
@@ -106,7 +112,7 @@ pub struct Service(OwnedFd);
 impl Service {
     fn connect() -> Result<(OwnedFd, Service)> {
         let (theirs, ours) = frame::pair()?;
-        rustix_timeout(&ours)?;
+        set_time_limit(&ours)?;
         Ok((theirs, Service(ours)))
     }
 
@@ -143,15 +149,49 @@ impl Service {
     }
 }
 
-/// Has waits for a wish end some day.
-fn rustix_timeout(socket: &OwnedFd) -> Result<()> {
-    use std::os::fd::AsRawFd;
-    let time =
-        libc::timeval { tv_sec: i64::try_from((LIMIT + Duration::from_secs(5)).as_secs())?, tv_usec: 0 };
-    let (pointer, len) = ((&raw const time).cast(), u32::try_from(size_of_val(&time))?);
-    // SAFETY: the pointer is to a value of the length given, which outlives the call.
-    let set =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVTIMEO, pointer, len) };
-    ensure!(set == 0, "set a time limit: {}", std::io::Error::last_os_error());
-    Ok(())
+/// A service that shims connect to.
+#[derive(Debug)]
+pub struct Server {
+    listener: OwnedFd,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens at `path`.
+    pub fn listen(path: &Path) -> Result<Self> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        bind(&listener, &SocketAddrUnix::new(path)?).with_context(|| path.display().to_string())?;
+        listen(&listener, 8)?;
+        Ok(Server { listener, path: path.to_owned() })
+    }
+
+    /// Waits for a shim, and opens `image` for it. What it asked for, and the service's end of the connection.
+    pub fn accept(&self, image: &Image) -> Result<(OpenRequest, Service)> {
+        set_time_limit(&self.listener)?;
+        let connection = accept_with(&self.listener, SocketFlags::CLOEXEC).context("no shim")?;
+        set_time_limit(&connection)?;
+        let request = serde_json::from_slice(&frame::recv(&connection)?.bytes)?;
+        let blobs = image.blobs.iter();
+        let blobs = blobs.map(|(bytes, _)| Blob { id: "00".into(), bytes: bytes.len() as u64 }).collect();
+        let reply = serde_json::to_vec(&OpenReply::Opened(OpenedImage { version: 6, blobs }))?;
+        let files = std::iter::once(&image.bootstrap).chain(image.blobs.iter().map(|(_, cache)| cache));
+        let fds: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
+        frame::send(&connection, &reply, &fds)?;
+        Ok((request, Service(connection)))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The worst that a failure leaves is a name.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Has waits end some day.
+fn set_time_limit(socket: &OwnedFd) -> Result<()> {
+    Ok(set_socket_timeout(socket, Timeout::Recv, Some(LIMIT))?)
 }

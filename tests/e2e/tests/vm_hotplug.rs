@@ -48,7 +48,7 @@ fn attach(guest: &mut Guest, device: NewDevice, fds: &[BorrowedFd<'_>]) -> Resul
 }
 
 fn new_disk(id: &str) -> NewDevice {
-    NewDevice::Disk(DiskConfig { file: FdIndex(0), read_only: false, id: id.into(), queues: 1 })
+    NewDevice::Disk(DiskConfig { file: FdIndex(0), read_only: false, id: id.into(), queues: 1, image: None })
 }
 
 fn add_disk(guest: &mut Guest, file: &File, id: &str) -> Result<Attached> {
@@ -218,6 +218,7 @@ fn a_further_share_comes_and_goes_with_its_threads() -> Result<()> {
             dir: FdIndex(0),
             read_only: false,
             cache: FsCache::Shared,
+            layer: false,
         };
         guest.client().call(mount, &[dir.as_fd()], LIMIT)?;
         let read = guest.ask("mkdir -p /tmp/m; mount -t virtiofs more /tmp/m && cat /tmp/m/it/file; echo")?;
@@ -349,7 +350,8 @@ fn what_is_in_use_goes_and_its_user_gets_errors() -> Result<()> {
     attach(&mut guest, NewDevice::Fs(FsConfig { tag: "more".into(), threads: 1 }), &[])?;
     let dir = File::open(folder.path())?;
     let (at, share) = ("it".to_owned(), Some("more".to_owned()));
-    let mount = Op::FsMount { share, at, dir: FdIndex(0), read_only: true, cache: FsCache::Shared };
+    let mount =
+        Op::FsMount { share, at, dir: FdIndex(0), read_only: true, cache: FsCache::Shared, layer: false };
     guest.client().call(mount, &[dir.as_fd()], LIMIT)?;
     guest.ask("mount -t virtiofs more /tmp/m; exec 4< /tmp/m/it/file")?;
     remove(&mut guest, DeviceName::Fs("more".into()))?;
@@ -481,7 +483,7 @@ fn a_disk_of_the_boot_goes_and_a_larger_one_comes() -> Result<()> {
     remove(&mut guest, disk("boot"))?;
     ensure!(holds(guest.vmm_pid())?.0 < descriptors, "its descriptors are still there");
     let second = scratch_file(64 * MIB)?;
-    let config = DiskConfig { file: FdIndex(0), read_only: false, id: "boot".into(), queues: 4 };
+    let config = DiskConfig { file: FdIndex(0), read_only: false, id: "boot".into(), queues: 4, image: None };
     attach(&mut guest, NewDevice::Disk(config), &[second.as_fd()])?;
     let node = node_of(&mut guest, "boot")?;
     let seen = guest.ask(&format!("cat /sys/block/{node}/size; ls /sys/block/{node}/mq | wc -l"))?;
