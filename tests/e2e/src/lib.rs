@@ -36,6 +36,11 @@ pub fn debug_kernel() -> bool {
     std::env::var_os("CTVM_DEBUG_KERNEL").is_some()
 }
 
+/// How long a guest may take over what takes others `usual`: several times as long with such a kernel.
+pub fn patience(usual: std::time::Duration) -> std::time::Duration {
+    usual * if debug_kernel() { 4 } else { 1 }
+}
+
 /// Whether there is time for as much as the lab can hold: `cargo xtask test --long`.
 pub fn long() -> bool {
     std::env::var_os("CTVM_LONG").is_some()

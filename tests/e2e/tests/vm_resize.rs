@@ -7,10 +7,16 @@ use anyhow::{Context, Result, bail, ensure};
 use e2e::vm::{Guest, GuestSpec, SHELL};
 use vmm_api::{ClientError, Ending, ErrorCode, MemoryConfig, Op, Reply, Resized, Vcpus};
 
-const LIMIT: Duration = Duration::from_secs(60);
+/// The VMM's answer comes a while after the guest's time is over.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// How long a resize may take, in milliseconds.
+fn within() -> u32 {
+    u32::try_from(e2e::patience(Duration::from_secs(30)).as_millis()).expect("minutes")
+}
 
 fn vcpus(wanted: Vcpus) -> Op {
-    Op::Resize { vcpus: Some(wanted), memory_mib: None, timeout_ms: 30_000 }
+    Op::Resize { vcpus: Some(wanted), memory_mib: None, timeout_ms: within() }
 }
 
 fn count(wanted: u8) -> Op {
@@ -183,7 +189,7 @@ fn random_resizes_leave_both_sides_of_one_mind() -> Result<()> {
         let vcpus = (round % 3 != 1).then(|| Vcpus::These(set.clone()));
         let memory_mib = (round % 3 != 0).then_some(mib);
         let resized =
-            resize(&mut guest, Op::Resize { vcpus: vcpus.clone(), memory_mib, timeout_ms: 60_000 })?;
+            resize(&mut guest, Op::Resize { vcpus: vcpus.clone(), memory_mib, timeout_ms: within() })?;
         // A page that cannot be moved may keep a block, and then the answer says how many.
         let partly = memory_mib.is_some() && resized.ending == Ending::Partial;
         ensure!(resized.ending == Ending::Done || partly, "round {round}, {set:?}, {mib} MiB: {resized}");
@@ -210,6 +216,9 @@ fn total_kib(guest: &mut Guest) -> Result<u64> {
 /// The driver needs nothing of user space, and of memory only what the guest's kernel keeps for itself.
 #[test]
 fn a_guest_whose_processes_are_killed_for_want_of_memory_is_resized() -> Result<()> {
+    if e2e::debug_kernel() {
+        return Ok(()); // its own shadow of memory leaves too little to fill
+    }
     let memory = MemoryConfig { max_mib: Some(512), ..MemoryConfig::new(128) };
     let mut guest = GuestSpec { memory, ..spec(4) }.boot()?;
     // The shell itself is spared; its children are not.
@@ -218,7 +227,7 @@ fn a_guest_whose_processes_are_killed_for_want_of_memory_is_resized() -> Result<
     guest.ask("for n in 1 2 3; do eat & done; sleep 1")?;
     for (cpus, mib) in [(4u8, 128), (2, 160), (1, 128), (3, 192)] {
         let vcpus = Some(Vcpus::Count(cpus));
-        let resized = resize(&mut guest, Op::Resize { vcpus, memory_mib: Some(mib), timeout_ms: 60_000 })?;
+        let resized = resize(&mut guest, Op::Resize { vcpus, memory_mib: Some(mib), timeout_ms: within() })?;
         // What is in use cannot go, and that is an answer too.
         let fits = matches!(resized.ending, Ending::Done | Ending::Partial);
         let reached = resized.vcpus.as_ref().and_then(|vcpus| vcpus.reached);
