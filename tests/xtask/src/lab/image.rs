@@ -13,7 +13,7 @@ use crate::steps::{quietly, step};
 use crate::tree::Tree;
 
 /// What the lab's user land holds; dependencies follow.
-const USER_LAND: [&str; 32] = [
+const USER_LAND: [&str; 34] = [
     "base-files",
     "base-passwd",
     "bash",
@@ -25,9 +25,11 @@ const USER_LAND: [&str; 32] = [
     "cpio",
     "dash",
     "diffutils",
+    "docker-registry",
     "e2fsprogs",
     "erofs-utils",
     "findutils",
+    "fuse3",
     "grep",
     "gzip",
     "hostname",
