@@ -12,9 +12,9 @@ use k8s_cri::v1::{
     ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
     ImageStatusRequest, LinuxContainerResources, ListContainerStatsRequest, ListContainersRequest,
     ListPodSandboxRequest, PodSandboxConfig, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatus,
-    PodSandboxStatusRequest, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    ReopenContainerLogRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    PodSandboxStatusRequest, PortForwardRequest, PullImageRequest, RemoveContainerRequest,
+    RemoveImageRequest, RemovePodSandboxRequest, ReopenContainerLogRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -79,6 +79,19 @@ impl Cri {
         let mut images = self.images.clone();
         let request = ImageStatusRequest { image, ..ImageStatusRequest::default() };
         Ok(self.wait("ImageStatus", images.image_status(request))?.image.is_some())
+    }
+
+    /// Pulls an image.
+    pub fn pull(&self, name: &str) -> Result<()> {
+        let image = Some(ImageSpec { image: name.to_owned(), ..ImageSpec::default() });
+        let request = PullImageRequest { image, ..PullImageRequest::default() };
+        self.wait("PullImage", self.images.clone().pull_image(request)).map(drop)
+    }
+
+    /// Removes an image.
+    pub fn remove_image(&self, name: &str) -> Result<()> {
+        let image = Some(ImageSpec { image: name.to_owned(), ..ImageSpec::default() });
+        self.wait("RemoveImage", self.images.clone().remove_image(RemoveImageRequest { image })).map(drop)
     }
 
     /// Starts a pod; its id.

@@ -34,8 +34,18 @@ impl Daemon {
         Self::start_from(Setup { parent: parent.to_owned(), ..Setup::default() })
     }
 
+    /// The given release, or the lab's own, with `ctvm-snapshotter`, which has to serve at its usual socket.
+    pub fn start_with_snapshotter(release: Option<&str>) -> Result<Daemon> {
+        let setup = Setup { release: release.map(str::to_owned), ..Setup::default() };
+        Self::start_as(Setup { config: with_snapshotter, ..setup })
+    }
+
     fn start_from(setup: Setup) -> Result<Daemon> {
-        let setup = Setup { namespace: "k8s.io", config: configuration, ..setup };
+        Self::start_as(Setup { config: configuration, ..setup })
+    }
+
+    fn start_as(setup: Setup) -> Result<Daemon> {
+        let setup = Setup { namespace: "k8s.io", ..setup };
         let containerd = setup.start()?;
         let cri = Cri::connect(&containerd.socket())?;
         for image in [e2e::IMAGE, "ctvm.local/pause:latest"] {
@@ -64,6 +74,16 @@ impl Daemon {
         // The socket is there before CRI has found its pods again.
         e2e::command::wait_until("CRI answers", || Ok(self.cri.pods().is_ok()))
     }
+}
+
+/// As [`configuration`], with the lines that an operator adds (`shim/snapshotter/README.md`).
+fn with_snapshotter(folder: &Path) -> Result<String> {
+    const CONTAINERD: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n";
+    let ours = "snapshotter = \"ctvm\"\ndisable_snapshot_annotations = false\n";
+    let usual = configuration(folder)?.replace(CONTAINERD, &format!("{CONTAINERD}{ours}"));
+    Ok(format!(
+        "{usual}\n[proxy_plugins.ctvm]\ntype = \"snapshot\"\naddress = \"/run/ctvm/snapshotter.sock\"\n"
+    ))
 }
 
 fn configuration(folder: &Path) -> Result<String> {

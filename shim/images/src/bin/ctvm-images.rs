@@ -84,6 +84,9 @@ fn serve(root: &Path, socket: &Path, config: Option<&Path>) -> Result<()> {
             toml::from_str(&text).with_context(|| format!("understand {}", path.display()))?
         }
     };
+    if let Some(folder) = socket.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         // Each reads, decompresses or writes one run of chunks, with its buffers.

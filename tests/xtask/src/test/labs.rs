@@ -23,8 +23,8 @@ use crate::steps::step;
 const LIMITS: [Duration; 2] = [Duration::from_secs(20 * 60), Duration::from_secs(60 * 60)];
 
 /// Tests that count what is left on the machine, one at a time.
-const ALONE: [&str; 8] =
-    ["crowd", "exercise", "exhausted", "hostile", "nothing_left", "releases", "rounds", "stress"];
+const ALONE: [&str; 9] =
+    ["crowd", "exercise", "exhausted", "hostile", "nothing_left", "nydus", "releases", "rounds", "stress"];
 
 /// Memory that this machine keeps when labs have what they may take, in MiB.
 const KEPT_MIB: u64 = 4096;
