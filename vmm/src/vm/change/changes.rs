@@ -399,6 +399,10 @@ impl Changes {
 
     /// Ends what has taken too long.
     pub fn expire(&mut self, machine: &mut impl Machine, now: Instant) {
+        // First, so that none of them begins when the one before it ends here.
+        let (overdue, waiting): (VecDeque<_>, _) =
+            self.waiting.drain(..).partition(|waiting| waiting.deadline() <= now);
+        self.waiting = waiting;
         match self.question.take_if(|q| q.until <= now) {
             Some(Question { open: Open::Pause { memory }, .. }) if self.has_time_left(now) => {
                 self.ask_memory(memory, machine, now);
@@ -422,17 +426,16 @@ impl Changes {
             self.current.as_mut().expect("just looked").cut_off(Ending::TimedOut, why);
         }
         self.expire_plug(machine, now);
-        let (late, waiting): (VecDeque<_>, _) =
-            self.waiting.drain(..).partition(|waiting| waiting.deadline() <= now);
-        self.waiting = waiting;
-        for waiting in late {
+        // Last and in their order, so that each finds its device as those before it have left it.
+        for waiting in overdue {
             match waiting {
                 Waiting::Resize(asked) => {
-                    self.answer_untried(&asked, Ending::TimedOut, "an earlier resize took all the time");
+                    self.answer_untried(&asked, Ending::TimedOut, "an earlier change took all the time");
                 }
                 Waiting::Plug(asked) => {
+                    let why = if machine.is_open() { Why::NoTurn } else { Why::NoChannel };
                     let left = self.take_out_unasked(&asked, machine);
-                    self.answer_plug(&asked, Err((Why::NoTurn, left)), now);
+                    self.answer_plug(&asked, Err((why, left)), now);
                 }
             }
         }
