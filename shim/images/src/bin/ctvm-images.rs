@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 use images::config::Config;
 use images::service::{STAT_SOCKET, Service, chain};
 use images::stats::Snapshot;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The node's image service: images start before they are downloaded
@@ -94,6 +95,9 @@ fn serve(root: &Path, socket: &Path, config: Option<&Path>) -> Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
+    // A descriptor for each blob in use. What the hard limit is, is the operator's affair.
+    let files = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files }); // the old limit holds
     runtime.block_on(async {
         let mut stop = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;

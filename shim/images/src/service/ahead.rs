@@ -15,7 +15,7 @@ const STEP: u64 = 1 << 20;
 pub async fn run(image: Arc<OpenImage>, ahead: Ahead) {
     let limit = Limit::new(ahead.rate);
     if ahead.listed {
-        let lists = [image.trace.known(), &image.prefetch];
+        let lists = [image.trace.known(), &image.parsed.prefetch];
         for list in lists {
             let mut rest = list;
             while !rest.is_empty() {

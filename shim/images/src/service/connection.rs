@@ -136,7 +136,8 @@ async fn answer(image: &OpenImage, fetch: Fetch) -> Result<(), Errno> {
 async fn close(image: Arc<OpenImage>) {
     blocking(move || {
         image.trace.save();
-        for blob in &image.blobs {
+        // The last one cleans up: until then others write.
+        for blob in image.blobs.iter().filter(|blob| Arc::strong_count(&blob.file) == 1) {
             blob.file.make_clean();
         }
         log::info!("image {}: closed", image.name);

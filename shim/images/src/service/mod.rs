@@ -59,6 +59,7 @@ pub struct Service {
     config: Config,
     sources: Sources,
     fetcher: Arc<Fetcher>,
+    known: Arc<open::Known>,
     /// Locked as long as this is the service of this cache.
     _lock: File,
 }
@@ -104,7 +105,7 @@ impl Service {
             Arc::clone(&stats),
         );
         let fetcher = Arc::new(Fetcher::new(cache, stats, fetch.read_ahead_kib.saturating_mul(1024)));
-        Ok(Self { root: root.to_owned(), config, sources, fetcher, _lock: lock })
+        Ok(Self { root: root.to_owned(), config, sources, fetcher, known: Arc::default(), _lock: lock })
     }
 
     /// A copy of the counters.

@@ -1,11 +1,12 @@
 //! Opening an image: from a bootstrap and a configuration to blobs, cache files and descriptors.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use sha2::{Digest, Sha256};
 use vmm_api::image::{Blob, OpenedImage};
@@ -16,7 +17,7 @@ use crate::cache::{FileError, blocking};
 use crate::config::nydusd::{Daemon, DaemonError};
 use crate::config::{Ahead, Backend};
 use crate::fetch::{Fetcher, OpenBlob};
-use crate::rafs::{ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
+use crate::rafs::{BlobTable, ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
 use crate::source::RegistryError;
 
 /// Why an image is not opened.
@@ -69,6 +70,18 @@ pub enum OpenError {
     },
 }
 
+/// A bootstrap as read. All that have an image open share it: an image of many files has a table of many megabytes.
+#[derive(Debug)]
+pub struct Parsed {
+    version: u8,
+    blobs: Vec<Arc<BlobTable>>,
+    /// Its own list of what to fetch ahead.
+    pub prefetch: Vec<ChunkRef>,
+}
+
+/// The bootstraps of open images, by their digest.
+pub type Known = Mutex<HashMap<String, Weak<Parsed>>>;
+
 /// An open image.
 #[derive(Debug)]
 pub struct OpenImage {
@@ -76,8 +89,8 @@ pub struct OpenImage {
     pub name: String,
     /// Its blobs.
     pub blobs: Vec<Arc<OpenBlob>>,
-    /// Its own list.
-    pub prefetch: Vec<ChunkRef>,
+    /// What its bootstrap says.
+    pub parsed: Arc<Parsed>,
     /// What starts read.
     pub trace: Trace,
     /// Brings chunks.
@@ -119,15 +132,15 @@ pub struct Opened {
 pub async fn open(service: &Service, bootstrap: &Path, config: &str) -> Result<Opened, OpenError> {
     let (backend, ahead) = backend(service, config)?;
     let source = service.sources.get(&backend)?;
-    let path = bootstrap.to_owned();
-    let traces = service.root.join("traces");
-    let (file, image, trace) = blocking(move || parse(&path, &traces)).await?;
-    let Image { version, blobs, prefetch } = image;
+    let (path, known) = (bootstrap.to_owned(), Arc::clone(&service.known));
+    let (file, digest, image) = blocking(move || parse(&path, &known)).await?;
+    let (traces, parsed) = (service.root.join("traces"), Arc::clone(&image));
+    let trace = blocking(move || Trace::load(&traces, &digest, &parsed.blobs)).await;
+    let Parsed { version, blobs, prefetch: _ } = &*image;
     let mut open = Vec::with_capacity(blobs.len());
     let mut fds = vec![OwnedFd::from(file)];
-    let mut answer = OpenedImage { version, blobs: Vec::with_capacity(blobs.len()) };
-    for table in blobs {
-        let table = Arc::new(table);
+    let mut answer = OpenedImage { version: *version, blobs: Vec::with_capacity(blobs.len()) };
+    for table in blobs.iter().map(Arc::clone) {
         let file = service.fetcher.cache.get(&table).await;
         let file = file.map_err(|source| OpenError::Cache { blob: table.id.clone(), source })?;
         let reader = file.reader();
@@ -139,8 +152,13 @@ pub async fn open(service: &Service, bootstrap: &Path, config: &str) -> Result<O
     service.fetcher.stats.images.fetch_add(1, Ordering::Relaxed);
     let name = bootstrap.display().to_string();
     log::info!("image {name}: version {version}, {} blobs, from {}", open.len(), source.name);
-    let image =
-        Arc::new(OpenImage { name, blobs: open, prefetch, trace, fetcher: Arc::clone(&service.fetcher) });
+    let image = Arc::new(OpenImage {
+        name,
+        blobs: open,
+        parsed: image,
+        trace,
+        fetcher: Arc::clone(&service.fetcher),
+    });
     Ok(Opened { image, answer, fds, ahead })
 }
 
@@ -172,8 +190,8 @@ fn backend(service: &Service, config: &str) -> Result<(Backend, Ahead), OpenErro
     Ok((daemon.backend, ahead))
 }
 
-/// Reads and parses a bootstrap, finds its trace. Blocks.
-fn parse(path: &Path, traces: &Path) -> Result<(File, Image, Trace), OpenError> {
+/// Reads and parses a bootstrap: the file, its digest, and what it says. Blocks.
+fn parse(path: &Path, known: &Known) -> Result<(File, String, Arc<Parsed>), OpenError> {
     let name = || path.display().to_string();
     let io = |source| OpenError::Bootstrap { path: name(), source };
     let mut file = File::open(path).map_err(io)?;
@@ -182,8 +200,16 @@ fn parse(path: &Path, traces: &Path) -> Result<(File, Image, Trace), OpenError> 
     }
     let mut bytes = Vec::new();
     (&mut file).take(MAX_BOOTSTRAP + 1).read_to_end(&mut bytes).map_err(io)?;
-    let image = Image::parse(&bytes).map_err(|source| OpenError::Rafs { path: name(), source })?;
     let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    let trace = Trace::load(traces, &digest, &image);
-    Ok((file, image, trace))
+    let lock = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(parsed) = lock().get(&digest).and_then(Weak::upgrade) {
+        return Ok((file, digest, parsed));
+    }
+    let image = Image::parse(&bytes).map_err(|source| OpenError::Rafs { path: name(), source })?;
+    let Image { version, blobs, prefetch } = image;
+    let parsed = Arc::new(Parsed { version, blobs: blobs.into_iter().map(Arc::new).collect(), prefetch });
+    let mut known = lock();
+    known.retain(|_, parsed| parsed.strong_count() > 0);
+    known.insert(digest.clone(), Arc::downgrade(&parsed));
+    Ok((file, digest, parsed))
 }

@@ -6,10 +6,10 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::rafs::{ChunkRef, Image};
+use crate::rafs::{BlobTable, ChunkRef};
 
 /// How long after the opening reads belong to the start.
 const START: Duration = Duration::from_secs(30);
@@ -33,11 +33,11 @@ pub struct Trace {
 
 impl Trace {
     /// The trace of the image whose bootstrap has this digest, in `folder`. What does not fit to the image is left out. Blocks.
-    pub fn load(folder: &Path, bootstrap: &str, image: &Image) -> Self {
+    pub fn load(folder: &Path, bootstrap: &str, blobs: &[Arc<BlobTable>]) -> Self {
         let file = folder.join(bootstrap);
         let known = fs::read(&file).ok().and_then(|bytes| parse(&bytes)).unwrap_or_default();
         let exists = |r: &ChunkRef| {
-            image.blobs.get(r.blob as usize).is_some_and(|blob| (r.chunk as usize) < blob.chunks.len())
+            blobs.get(r.blob as usize).is_some_and(|blob| (r.chunk as usize) < blob.chunks.len())
         };
         let known: Vec<ChunkRef> = known.into_iter().filter(exists).collect();
         let seen = known.iter().copied().collect();

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+
 pub use limit::Limit;
 pub use registry::{Endpoint, Registry, RegistryError};
 
@@ -51,7 +53,12 @@ pub struct Source {
     stats: Arc<Stats>,
     patience: Duration,
     limit: Arc<Limit>,
+    /// Reads at a time, and so the memory they take.
+    places: Semaphore,
 }
+
+/// Most reads at a time from one back end.
+const MAX_READS: usize = 24;
 
 #[derive(Debug)]
 enum Kind {
@@ -80,10 +87,12 @@ impl Source {
         let mut pause = Duration::from_millis(100);
         loop {
             self.limit.take(part.len as u64).await;
+            let place = self.places.acquire().await;
             let read = match &self.kind {
                 Kind::Folder(folder) => folder.read(part).await.map(|bytes| (bytes, 1)),
                 Kind::Registry(registry) => registry.read(part, avoid).await,
             };
+            drop(place);
             match read {
                 Ok((bytes, place)) => {
                     self.stats.from(&self.name, |from| {
@@ -164,6 +173,7 @@ impl Sources {
             stats: Arc::clone(&self.stats),
             patience: self.patience,
             limit: Arc::clone(&self.limit),
+            places: Semaphore::new(MAX_READS),
         });
         known.retain(|_, source| source.strong_count() > 0);
         known.insert(backend.clone(), Arc::downgrade(&source));
