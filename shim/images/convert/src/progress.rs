@@ -1,6 +1,6 @@
 //! How far it is: a bar on a terminal, a line a step elsewhere.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 /// The progress of one step. Bytes, of so many.
@@ -39,18 +39,17 @@ impl Progress {
         }
         self.draw();
         let seconds = self.began.elapsed().as_secs_f32();
-        let _ = match (self.terminal, self.done) {
-            // nobody to tell that nobody can be told
-            (true, _) => writeln!(std::io::stderr()),
-            (false, 0) => writeln!(std::io::stderr(), "{}: {seconds:.1} s", self.what),
-            (false, done) => writeln!(std::io::stderr(), "{}: {} in {seconds:.1} s", self.what, size(done)),
-        };
+        match (self.terminal, self.done) {
+            (true, _) => eprintln!(),
+            (false, 0) => eprintln!("{}: {seconds:.1} s", self.what),
+            (false, done) => eprintln!("{}: {} in {seconds:.1} s", self.what, size(done)),
+        }
     }
 
     fn draw(&mut self) {
         self.drawn = Some(Instant::now());
         if self.terminal {
-            let _ = write!(std::io::stderr(), "\r{}\x1b[K", line(&self.what, self.done, self.total)); // as above
+            eprint!("\r{}\x1b[K", line(&self.what, self.done, self.total));
         }
     }
 }

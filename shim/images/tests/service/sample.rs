@@ -152,7 +152,10 @@ impl Running {
     }
 
     pub fn at(folder: TempDir, config: &str) -> Running {
-        images::logger::install();
+        // libtest keeps back what a test prints, and not what a thread of it logs.
+        if std::env::var_os("CTVM_TEST_LOG").is_some() {
+            images::logger::install();
+        }
         let config: Config = toml::from_str(config).expect("a configuration");
         let service = Arc::new(Service::new(&folder.path().join("cache"), config).expect("a service"));
         let (stop, stopped) = oneshot::channel();
