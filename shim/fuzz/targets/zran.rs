@@ -16,6 +16,7 @@ fuzz_target!(|data: &[u8]| {
     header[40..60].copy_from_slice(&numbers[..20]);
     let zran = ZranIndex {
         blob: "0".repeat(64),
+        blob_size: 0,
         offset: 0,
         stored_size: 0,
         size: 0,

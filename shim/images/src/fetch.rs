@@ -10,7 +10,7 @@ use tokio::sync::{Notify, OnceCell};
 
 use crate::cache::{Cache, CacheFile, Failure, Flight, Landed, Pilot, blocking};
 use crate::codec::{Compressor, decompress};
-use crate::rafs::blob_meta::{HEADER, Index};
+use crate::rafs::blob_meta::Index;
 use crate::rafs::{BlobTable, Chunk, Stored};
 use crate::source::{Part, Source};
 use crate::stats::Stats;
@@ -91,9 +91,11 @@ pub struct OpenBlob {
     pub file: Arc<CacheFile>,
     source: Arc<Source>,
     fetcher: Arc<Fetcher>,
-    /// The index of a plain layer, once it was needed.
-    index: OnceCell<Arc<Index>>,
+    index: Arc<IndexCell>,
 }
+
+/// The index of a plain layer, once it was needed. All that have the image open share it.
+pub type IndexCell = OnceCell<Arc<Index>>;
 
 /// Chunks to be read in one go: their indices, and the part of the stored blob.
 #[derive(Debug, PartialEq, Eq)]
@@ -119,8 +121,9 @@ impl OpenBlob {
         file: Arc<CacheFile>,
         source: Arc<Source>,
         fetcher: Arc<Fetcher>,
+        index: Arc<IndexCell>,
     ) -> Self {
-        Self { table, file, source, fetcher, index: OnceCell::new() }
+        Self { table, file, source, fetcher, index }
     }
 
     /// Brings chunks `wanted` into the cache file, as far as they are not there. However many ask, each comes once.
@@ -385,23 +388,23 @@ impl OpenBlob {
     async fn index(&self) -> Result<Option<Arc<Index>>, Failure> {
         let Some(zran) = &self.table.zran else { return Ok(None) };
         let index = self.index.get_or_try_init(|| async {
-            let len = usize::try_from(zran.stored_size + HEADER).map_err(Failure::bad)?;
-            let part = Part { blob: &zran.blob, offset: zran.offset, len };
-            let (read, _) = self.source.read(part, 0).await.map_err(|error| {
-                log::error!("blob {}: its zran index in blob {}: {error}", self.table.id, zran.blob);
-                Failure::bad(error)
-            })?;
-            let (zran, table) = (zran.clone(), Arc::clone(&self.table));
-            let parsed = blocking(move || {
-                let (stored, header) =
-                    read.split_at(read.len().saturating_sub(usize::try_from(HEADER).unwrap_or(usize::MAX)));
-                let size = usize::try_from(zran.size).map_err(Failure::bad)?;
-                let bytes = decompress(zran.compressor, stored, size).map_err(Failure::bad)?;
-                Index::parse(&table, &bytes, header).map_err(Failure::bad)
-            });
-            parsed.await.map(Arc::new).inspect_err(|failure| {
-                log::error!("blob {}: its zran index: {failure}", self.table.id);
-            })
+            let broken = |failure: Failure| {
+                log::error!("blob {}: its zran index, blob {}: {failure}", self.table.id, zran.blob);
+                failure
+            };
+            let len = usize::try_from(zran.blob_size).map_err(Failure::bad)?;
+            let mut avoid = 0;
+            loop {
+                let part = Part { blob: &zran.blob, offset: 0, len };
+                let read = self.source.read(part, avoid).await;
+                let (read, place) = read.map_err(|error| broken(Failure::bad(error)))?;
+                let table = Arc::clone(&self.table);
+                match blocking(move || Index::open(&table, &read)).await {
+                    Ok(index) => return Ok(Arc::new(index)),
+                    Err(_) if place < self.source.places() => avoid = place,
+                    Err(error) => return Err(broken(Failure::bad(error))),
+                }
+            }
         });
         index.await.map(|index| Some(Arc::clone(index)))
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use images::codec::{Compressor, decompress};
-use images::rafs::blob_meta::{HEADER, Index};
+use images::rafs::blob_meta::Index;
 use images::rafs::{BlobTable, Image, Stored};
 use images::zran;
 use tempfile::TempDir;
@@ -144,7 +144,7 @@ fn check_blob(blob: &BlobTable, data: &Path, index: Option<&[u8]>, progress: &mu
         file.read_exact_at(&mut bytes, offset).with_context(|| format!("{len} bytes at {offset}"))?;
         Ok(bytes)
     };
-    let index = index.map(|index| parse_index(blob, index)).transpose()?;
+    let index = index.map(|index| Index::open(blob, index)).transpose().context("its index")?;
     let mut last = None;
     let mut inflated = Vec::new();
     for (at, chunk) in blob.chunks.iter().enumerate() {
@@ -176,17 +176,4 @@ fn check_blob(blob: &BlobTable, data: &Path, index: Option<&[u8]>, progress: &mu
         progress.add(u64::from(chunk.size));
     }
     Ok(())
-}
-
-fn parse_index(blob: &BlobTable, index: &[u8]) -> Result<Index> {
-    let zran = blob.zran.as_ref().context("an index of no plain layer")?;
-    let start = usize::try_from(zran.offset)?;
-    let middle = start.checked_add(usize::try_from(zran.stored_size)?).context("an index out of bounds")?;
-    let end = middle.checked_add(usize::try_from(HEADER)?).context("an index out of bounds")?;
-    let (stored, header) = (index.get(start..middle), index.get(middle..end));
-    let (Some(stored), Some(header)) = (stored, header) else {
-        bail!("the index {} is truncated", zran.blob)
-    };
-    let table = decompress(zran.compressor, stored, usize::try_from(zran.size)?)?;
-    Ok(Index::parse(blob, &table, header)?)
 }

@@ -7,6 +7,7 @@
 
 use super::bytes::{u32_at, u64_at};
 use super::{BlobTable, Bytes, MAX_BLOB, RafsError};
+use crate::codec::{CodecError, Digester, decompress};
 
 /// Bytes of the header behind the table.
 pub const HEADER: u64 = 4096;
@@ -15,6 +16,20 @@ const MAGIC: u32 = 0xb10b_b10b;
 
 /// Most bytes that a context may decompress from or to. Nydus makes them of 4 and 8 MiB at most.
 const MAX_CONTEXT: u32 = 64 << 20;
+
+/// Why an index cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexError {
+    /// The blob that holds it is another.
+    #[error("its digest is wrong: tampered or broken")]
+    Digest,
+    /// It does not decompress.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// What it says cannot be.
+    #[error(transparent)]
+    Rafs(#[from] RafsError),
+}
 
 /// A point in the gzip stream where decompression can begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +113,22 @@ impl Index {
         }
         let places = places.into_iter().flatten().collect();
         Ok(Self { contexts, dictionaries: dictionaries.to_vec(), places })
+    }
+
+    /// Reads the index of `blob` out of the blob that holds it, which its digest proves.
+    pub fn open(blob: &BlobTable, holder: &[u8]) -> Result<Self, IndexError> {
+        let zran = blob.zran.as_ref().ok_or(IndexError::Digest)?;
+        let digest: String =
+            Digester::Sha256.digest(holder).iter().map(|byte| format!("{byte:02x}")).collect();
+        if digest != zran.blob {
+            return Err(IndexError::Digest);
+        }
+        let bytes = Bytes::new(holder);
+        let stored = bytes.get("zran index", zran.offset, zran.stored_size)?;
+        let header = bytes.get("zran index's header", zran.offset + zran.stored_size, HEADER)?;
+        let size = usize::try_from(zran.size).map_err(|_| IndexError::Digest)?;
+        let table = decompress(zran.compressor, stored, size)?;
+        Ok(Self::parse(blob, &table, header)?)
     }
 
     /// The bytes before a context that it refers back to.

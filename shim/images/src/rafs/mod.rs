@@ -129,8 +129,10 @@ impl Chunk {
 /// Where the index over a plain gzip layer (zran) is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ZranIndex {
-    /// Blob that holds it; the layer itself holds nothing of ours.
+    /// Blob that holds it, by its SHA-256; the layer itself holds nothing of ours.
     pub blob: String,
+    /// Size of that blob.
+    pub blob_size: u64,
     /// Offset of the compressed table in it.
     pub offset: u64,
     /// Compressed size of the table. Its header, [`blob_meta::HEADER`] bytes, follows.

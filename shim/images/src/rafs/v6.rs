@@ -10,6 +10,7 @@
 
 use vmm_api::image::MAX_BLOBS;
 
+use super::blob_meta::HEADER;
 use super::bytes::{u32_at, u64_at};
 use super::erofs::Erofs;
 use super::{
@@ -136,6 +137,7 @@ fn zran(id: &str, features: u32, record: &[u8; 256]) -> Result<ZranIndex, RafsEr
     let compressor = u32_at(record, 108);
     let index = ZranIndex {
         blob: digest,
+        blob_size: u64_at(record, 200),
         offset: u64_at(record, 112),
         stored_size: u64_at(record, 120),
         size: u64_at(record, 128),
@@ -145,6 +147,14 @@ fn zran(id: &str, features: u32, record: &[u8; 256]) -> Result<ZranIndex, RafsEr
     };
     if index.size > MAX_BOOTSTRAP || index.stored_size > index.size {
         return Err(value("a zran index's size", index.size, "more than 512 MiB or less than compressed"));
+    }
+    let end = index.offset.checked_add(index.stored_size).and_then(|end| end.checked_add(HEADER));
+    if index.blob_size > MAX_BOOTSTRAP || end.is_none_or(|end| end > index.blob_size) {
+        return Err(value(
+            "the size of a zran index's blob",
+            index.blob_size,
+            "more than 512 MiB or less than the index",
+        ));
     }
     Ok(index)
 }

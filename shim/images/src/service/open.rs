@@ -1,13 +1,15 @@
 //! Opening an image: from a bootstrap and a configuration to blobs, cache files and descriptors.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 use vmm_api::image::{Blob, OpenedImage};
 
@@ -16,7 +18,7 @@ use super::trace::Trace;
 use crate::cache::{FileError, blocking};
 use crate::config::nydusd::{Daemon, DaemonError};
 use crate::config::{Ahead, Backend};
-use crate::fetch::{Fetcher, OpenBlob};
+use crate::fetch::{Fetcher, IndexCell, OpenBlob};
 use crate::rafs::{BlobTable, ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
 use crate::source::RegistryError;
 
@@ -75,6 +77,8 @@ pub enum OpenError {
 pub struct Parsed {
     version: u8,
     blobs: Vec<Arc<BlobTable>>,
+    /// Of each blob, where it is a plain layer.
+    indexes: Vec<Arc<IndexCell>>,
     /// Its own list of what to fetch ahead.
     pub prefetch: Vec<ChunkRef>,
 }
@@ -136,18 +140,18 @@ pub async fn open(service: &Service, bootstrap: &Path, config: &str) -> Result<O
     let (file, digest, image) = blocking(move || parse(&path, &known)).await?;
     let (traces, parsed) = (service.root.join("traces"), Arc::clone(&image));
     let trace = blocking(move || Trace::load(&traces, &digest, &parsed.blobs)).await;
-    let Parsed { version, blobs, prefetch: _ } = &*image;
+    let Parsed { version, blobs, indexes, prefetch: _ } = &*image;
     let mut open = Vec::with_capacity(blobs.len());
     let mut fds = vec![OwnedFd::from(file)];
     let mut answer = OpenedImage { version: *version, blobs: Vec::with_capacity(blobs.len()) };
-    for table in blobs.iter().map(Arc::clone) {
+    for (table, index) in blobs.iter().map(Arc::clone).zip(indexes.iter().map(Arc::clone)) {
         let file = service.fetcher.cache.get(&table).await;
         let file = file.map_err(|source| OpenError::Cache { blob: table.id.clone(), source })?;
         let reader = file.reader();
         fds.push(reader.map_err(|source| OpenError::Reader { blob: table.id.clone(), source })?);
         answer.blobs.push(Blob { id: table.id.clone(), bytes: table.bytes });
         let (source, fetcher) = (Arc::clone(&source), Arc::clone(&service.fetcher));
-        open.push(Arc::new(OpenBlob::new(table, file, source, fetcher)));
+        open.push(Arc::new(OpenBlob::new(table, file, source, fetcher, index)));
     }
     service.fetcher.stats.images.fetch_add(1, Ordering::Relaxed);
     let name = bootstrap.display().to_string();
@@ -194,7 +198,9 @@ fn backend(service: &Service, config: &str) -> Result<(Backend, Ahead), OpenErro
 fn parse(path: &Path, known: &Known) -> Result<(File, String, Arc<Parsed>), OpenError> {
     let name = || path.display().to_string();
     let io = |source| OpenError::Bootstrap { path: name(), source };
-    let mut file = File::open(path).map_err(io)?;
+    // A FIFO must not hold a thread for ever.
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let mut file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(io)?;
     if !file.metadata().map_err(io)?.is_file() {
         return Err(io(io::Error::other("it is no regular file")));
     }
@@ -207,7 +213,9 @@ fn parse(path: &Path, known: &Known) -> Result<(File, String, Arc<Parsed>), Open
     }
     let image = Image::parse(&bytes).map_err(|source| OpenError::Rafs { path: name(), source })?;
     let Image { version, blobs, prefetch } = image;
-    let parsed = Arc::new(Parsed { version, blobs: blobs.into_iter().map(Arc::new).collect(), prefetch });
+    let indexes = blobs.iter().map(|_| Arc::default()).collect();
+    let blobs = blobs.into_iter().map(Arc::new).collect();
+    let parsed = Arc::new(Parsed { version, blobs, indexes, prefetch });
     let mut known = lock();
     known.retain(|_, parsed| parsed.strong_count() > 0);
     known.insert(digest.clone(), Arc::downgrade(&parsed));

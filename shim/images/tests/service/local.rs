@@ -53,6 +53,25 @@ fn zran_images_read_out_of_the_plain_layer() {
 }
 
 #[test]
+fn an_index_that_is_not_its_digests_is_not_believed() {
+    let sample = Sample::new();
+    let running = Running::plain();
+    let built = sample.build_zran();
+    let image = images::rafs::Image::parse(&fs::read(&built.bootstrap).expect("read")).expect("an image");
+    let index = sample.blobs().join(&image.blobs[0].zran.as_ref().expect("an index").blob);
+    let right = fs::read(&index).expect("read");
+    let mut wrong = right.clone();
+    wrong[100] ^= 1;
+    let client = running.open(&built.bootstrap, &folder_config(&sample.blobs()));
+    for bytes in [&wrong[..], &right[..right.len() - 1]] {
+        fs::write(&index, bytes).expect("written");
+        assert_eq!(client.fetch(0, 0, 1), EIO);
+    }
+    fs::write(&index, right).expect("written");
+    sample.compare(&built.bootstrap, &client);
+}
+
+#[test]
 fn a_block_brings_its_chunk_and_no_more() {
     let sample = Sample::new();
     let built = sample.build_v6();
