@@ -51,7 +51,7 @@ const MAY: &[(&str, &[&str])] = &[
     ),
     (
         "snapshotter",
-        &["base64", "prost", "tokio", "tokio-stream", "tonic", "tonic-prost", "tonic-prost-build"],
+        &["base64", "clap", "prost", "tokio", "tokio-stream", "tonic", "tonic-prost", "tonic-prost-build"],
     ),
     (
         "shim",

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use lab_protocol::{Command, Exit};
 use serde_json::Value;
 
@@ -23,12 +24,21 @@ const EXIT_CODE: u8 = 42;
 const NAMESPACE: &str = "demo";
 const CONTAINER: &str = "hello";
 
+/// Options of `xtask demo`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// From a Nydus image in a local registry, which is not downloaded
+    #[arg(long)]
+    nydus: bool,
+}
+
 /// Runs the demonstration; it fails unless the container's exit code came back.
-pub fn main(cache: &Cache) -> Result<u8> {
+pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     let product = Product::build(cache)?;
     let machine = step("start the lab", || {
         Machine::start(cache, &Shape { product: Some(product), ..Shape::default() })
     })?;
+    let show = if options.nydus { nydus } else { plain };
     show(machine.client()).inspect_err(|_| {
         machine.show_console();
         let _ = print(machine.client(), "tail -n 40 /run/containerd.log >&2"); // the lab may be what failed
@@ -36,7 +46,7 @@ pub fn main(cache: &Cache) -> Result<u8> {
     Ok(0)
 }
 
-fn show(client: Client) -> Result<()> {
+fn plain(client: Client) -> Result<()> {
     step("start containerd in the lab", || {
         let start = format!(
             "export PATH={IN_LAB}/bin:$PATH; containerd >/run/containerd.log 2>&1 & \
@@ -53,8 +63,78 @@ fn show(client: Client) -> Result<()> {
     let run = format!(
         "ctr --namespace {NAMESPACE} run --rm --runtime io.containerd.ctvm.v2 {NAME} {CONTAINER} sh -c '{SCRIPT}'"
     );
+    run_it(client, &run)
+}
+
+/// The services of a node, as an operator starts them, with a registry beside them. containerd 2.1 tells its snapshotter the
+/// image's name when `ctr` pulls, if it is said to want it.
+const NODE: &str = r#"
+mkdir -p /var/tmp/node && cd /var/tmp/node
+cat >registry.yml <<END
+version: 0.1
+log: {level: warn}
+storage: {filesystem: {rootdirectory: /var/tmp/node/registry}}
+http: {addr: 127.0.0.1:5000}
+END
+cat >containerd.toml <<END
+version = 2
+root = "/var/tmp/node/containerd"
+[proxy_plugins.ctvm]
+  type = "snapshot"
+  address = "/run/ctvm/snapshotter.sock"
+  [proxy_plugins.ctvm.exports]
+    enable_remote_snapshot_annotations = "true"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/amd64"
+  snapshotter = "ctvm"
+END
+docker-registry serve registry.yml >registry.log 2>&1 &
+ctvm image serve --root /var/tmp/node/cache >images.log 2>&1 &
+ctvm snapshotter --plain-http 127.0.0.1:5000 --root /var/tmp/node/snapshots >snapshots.log 2>&1 &
+containerd --config containerd.toml >/run/containerd.log 2>&1 &
+until ctr version >/dev/null 2>&1 && [ -S /run/ctvm/snapshotter.sock ]; do kill -0 $! || exit 1; sleep 0.1; done
+"#;
+
+/// The image of the demonstration as a Nydus image in a registry.
+const NYDUS_NAME: &str = "127.0.0.1:5000/demo:nydus";
+
+fn nydus(client: Client) -> Result<()> {
+    let path = format!("export PATH={IN_LAB}/bin:/opt/containerd/2.1/usr/bin:$PATH;");
+    step("start registry, image service, snapshotter and containerd in the lab", || {
+        ensure!(print(client, &format!("{path}{NODE}"))? == 0, "the node's services did not start");
+        Ok(())
+    })?;
+    step("convert the image into the registry", || {
+        let convert = format!(
+            "{path} mkdir /var/tmp/oci && tar -xf {IN_LAB}/share/image.tar -C /var/tmp/oci && \
+             ctvm image convert oci:/var/tmp/oci:{NAME} http://{NYDUS_NAME}"
+        );
+        ensure!(print(client, &convert)? == 0, "the image was not converted");
+        Ok(())
+    })?;
+    step("pull it", || {
+        let pull = format!(
+            "{path} ctr --namespace {NAMESPACE} images pull --plain-http --snapshotter ctvm {NYDUS_NAME}"
+        );
+        ensure!(print(client, &pull)? == 0, "the image was not pulled");
+        Ok(())
+    })?;
+    let stat = format!("{path} ctvm image stat --root /var/tmp/node/cache");
+    println!("fetched before the container is started:");
+    print(client, &stat)?;
+    let run = format!(
+        "{path} ctr --namespace {NAMESPACE} run --rm --snapshotter ctvm --runtime io.containerd.ctvm.v2 {NYDUS_NAME} \
+         {CONTAINER} sh -c '{SCRIPT}'"
+    );
+    run_it(client, &run)?;
+    println!("\nfetched for it:");
+    print(client, &stat).map(drop)
+}
+
+/// Runs a command that starts the container, and shows what came of it.
+fn run_it(client: Client, run: &str) -> Result<()> {
     println!("$ {run}");
-    let code = print(client, &run)?;
+    let code = print(client, run)?;
     println!("exit code: {code}");
     let (_, host_kernel) = client.capture(&["uname", "-r"])?;
     println!("host's kernel: {}", host_kernel.trim());

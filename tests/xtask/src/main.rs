@@ -35,7 +35,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Run a container in a microVM, from nothing
-    Demo,
+    Demo(demo::Options),
     /// Run every test
     Test(test::Options),
     /// Measure ctvm beside its peers
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = cache::Cache::open().map(|cache| cache.verify(arguments.verify)).and_then(|cache| {
         match &arguments.task {
-            Task::Demo => demo::main(&cache),
+            Task::Demo(options) => demo::main(&cache, options),
             Task::Test(options) => test::main(&cache, options),
             Task::Bench(options) => bench::main(&cache, options),
             Task::Conformance(options) => conformance::main(&cache, options),

@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn operations_read_as_they_are_written() {
-        let disk = DiskConfig { file: FdIndex(0), read_only: true, id: "a".into(), queues: 1 };
+        let disk = DiskConfig { file: FdIndex(0), read_only: true, id: "a".into(), queues: 1, image: None };
         let attach = Op::Attach { device: NewDevice::Disk(disk), timeout_ms: 5 };
         let json = r#"{"attach":{"device":{"disk":{"file":0,"read_only":true,"id":"a","queues":1}},"timeout_ms":5}}"#;
         assert_eq!(serde_json::to_string(&attach).unwrap(), json);
