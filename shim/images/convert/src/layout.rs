@@ -41,7 +41,9 @@ impl Layout {
         let index = self.index()?.with_context(|| format!("{} has no index.json", self.folder.display()))?;
         let named = |descriptor: &&Descriptor| {
             name.is_none_or(|name| {
-                descriptor.annotations.get(annotation::NAME).is_some_and(|its| its == name)
+                // The tag alone, or as containerd writes it, the whole.
+                let names = [annotation::NAME, annotation::CONTAINERD_NAME];
+                names.iter().any(|key| descriptor.annotations.get(*key).is_some_and(|its| its == name))
                     || descriptor.digest == name
             })
         };

@@ -33,11 +33,13 @@ impl FromStr for ImageName {
 
     fn from_str(text: &str) -> Result<Self> {
         if let Some(rest) = text.strip_prefix("oci:") {
-            let (folder, reference) = match rest.rsplit_once(':') {
-                Some((folder, name)) if !name.contains('/') => (folder, Some(name.to_owned())),
-                _ => (rest, None),
+            // A name may have colons; a folder that has any cannot be named.
+            let (folder, reference) = match rest.split_once(':') {
+                Some((folder, name)) => (folder, Some(name.to_owned())),
+                None => (rest, None),
             };
             ensure!(!folder.is_empty(), "{text}: oci: is followed by a folder");
+            ensure!(reference.as_deref() != Some(""), "{text}: the name behind the folder is empty");
             return Ok(Self::Layout { folder: folder.into(), reference });
         }
         let (scheme, rest) = text.split_once("://").unwrap_or(("https", text));
@@ -90,6 +92,7 @@ mod tests {
             (&digest, &digest),
             ("oci:/x/y", "oci:/x/y"),
             ("oci:/x/y:name", "oci:/x/y:name"),
+            ("oci:/x/y:r.test/a:1", "oci:/x/y:r.test/a:1"),
         ] {
             assert_eq!(text.parse::<ImageName>().expect("a name").to_string(), shown);
         }

@@ -25,6 +25,7 @@ pub mod annotation {
     pub const REFERENCE: &str = "containerd.io/snapshot/nydus-ref";
     /// A manifest's name in a layout folder.
     pub const NAME: &str = "org.opencontainers.image.ref.name";
+    pub const CONTAINERD_NAME: &str = "io.containerd.image.name";
 }
 
 /// Where the bootstrap is in its layer.
