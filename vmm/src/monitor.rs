@@ -140,7 +140,7 @@ impl Monitor {
             Token::Queue { slot, queue } => self.with_devices(|devices| devices.on_queue(slot, queue)),
             Token::Backend { slot } => {
                 self.with_devices(|devices| devices.on_backend(slot));
-                self.tell_of_images();
+                self.tell_of_image(slot);
                 None
             }
             Token::Upcall => {
@@ -152,10 +152,10 @@ impl Monitor {
         }
     }
 
-    /// Tells the owner of images that have lost their connection.
-    fn tell_of_images(&mut self) {
-        let lost = self.vm.as_ref().map(|vm| vm.devices().take_lost_images()).unwrap_or_default();
-        for disk in lost {
+    /// Tells the owner of an image that has lost its connection.
+    fn tell_of_image(&mut self, slot: u16) {
+        let lost = self.vm.as_ref().and_then(|vm| vm.devices().take_lost_image(slot));
+        if let Some(disk) = lost {
             self.control.event(Event::ImageLost { disk }, vec![]);
         }
     }

@@ -77,17 +77,14 @@ impl Devices {
         rebound.map_err(|source| ChannelError::Refused { id: id.to_owned(), source })
     }
 
-    /// Serial numbers of the disks whose connection was lost since the last call.
-    pub fn take_lost_images(&self) -> Vec<String> {
-        let lost = self.slots().filter(|slot| match &slot.device {
-            Device::Image(shared) => lock(shared).device().take_lost(),
-            _ => false,
-        });
-        let serial = |slot: &Slot| match &slot.at.title {
-            Some(DeviceName::Disk(id)) => Some(id.clone()),
+    /// Serial number of the disk in `slot`, if it is an image whose connection was lost since the last call.
+    pub fn take_lost_image(&self, slot: u16) -> Option<String> {
+        let slot = self.slot(slot)?;
+        let Device::Image(shared) = &slot.device else { return None };
+        match &slot.at.title {
+            Some(DeviceName::Disk(id)) if lock(shared).device().take_lost() => Some(id.clone()),
             _ => None,
-        };
-        lost.filter_map(serial).collect()
+        }
     }
 }
 

@@ -9,11 +9,12 @@
 //! | `system.posix_acl_*` | no | the guest's kernel would store access lists and not enforce them |
 //!
 //! In a layer of an overlay (`MountOptions::layer`) `user.overlay.opaque` is the host's `trusted.overlay.opaque`, of one byte at
-//! most: it hides what is below a directory, and leads nowhere.
+//! most: it hides what is below a directory, and leads nowhere. What else the guest's overlay keeps there means nothing on the host.
 //!
 //! What is refused fails with `EOPNOTSUPP`, as on a file system without such attributes, and is not listed.
 
-use std::ffi::CStr;
+use std::borrow::Cow;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, OFlags, XattrFlags};
@@ -28,27 +29,42 @@ fn is_shown(name: &[u8]) -> bool {
     name == b"security.capability" || (name.starts_with(b"user.") && name.len() > 5)
 }
 
-/// What marks a directory as opaque, to an overlay with `userxattr` and to one without.
+/// What an overlay with `userxattr` calls its attributes.
+const GUESTS: &[u8] = b"user.overlay.";
+/// What marks a directory as opaque, in the guest and on the host.
 const GUESTS_OPAQUE: &CStr = c"user.overlay.opaque";
 const HOSTS_OPAQUE: &CStr = c"trusted.overlay.opaque";
+/// What the guest's overlay keeps besides, which means nothing to the host's. Not every file system has `user` attributes.
+const KEPT: &[u8] = b"trusted.ctvm.overlay.";
 
 /// The host's name of an attribute.
-fn check(name: &CStr, is_layer: bool) -> Result<&CStr> {
-    match is_shown(name.to_bytes()) {
-        true if is_layer && name == GUESTS_OPAQUE => Ok(HOSTS_OPAQUE),
-        true => Ok(name),
-        false => Err(Errno::OPNOTSUPP),
+fn check(name: &CStr, is_layer: bool) -> Result<Cow<'_, CStr>> {
+    let bytes = name.to_bytes();
+    if !is_shown(bytes) {
+        return Err(Errno::OPNOTSUPP);
+    }
+    match bytes.strip_prefix(GUESTS).filter(|_| is_layer) {
+        None => Ok(name.into()),
+        Some(_) if name == GUESTS_OPAQUE => Ok(HOSTS_OPAQUE.into()),
+        Some(rest) => CString::new([KEPT, rest].concat()).map(Cow::Owned).map_err(|_| Errno::INVAL),
     }
 }
 
 /// The guest's name of one of the host's attributes, each with a NUL behind it, if it is shown.
-fn shown(name: &[u8], is_layer: bool) -> Option<&[u8]> {
-    let is = |known: &CStr| name == known.to_bytes_with_nul();
-    match is_layer {
-        true if is(HOSTS_OPAQUE) => Some(GUESTS_OPAQUE.to_bytes_with_nul()),
-        true if is(GUESTS_OPAQUE) => None,
-        _ => name.strip_suffix(b"\0").filter(|name| is_shown(name)).map(|_| name),
+fn shown(name: &[u8], is_layer: bool) -> Option<Cow<'_, [u8]>> {
+    let bare = name.strip_suffix(b"\0")?;
+    if is_layer {
+        if bare == HOSTS_OPAQUE.to_bytes() {
+            return Some(GUESTS_OPAQUE.to_bytes_with_nul().into());
+        }
+        if let Some(rest) = name.strip_prefix(KEPT) {
+            return Some([GUESTS, rest].concat().into());
+        }
+        if bare.starts_with(GUESTS) {
+            return None;
+        }
     }
+    is_shown(bare).then_some(name.into())
 }
 
 impl Share {
@@ -56,7 +72,7 @@ impl Share {
     pub fn xattr(&self, node: u64, name: &CStr) -> Result<Vec<u8>> {
         let name = check(name, self.is_layer(node)?)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
-        grow(rustix::fs::fgetxattr_query(&file, name)?, |value| rustix::fs::fgetxattr(&file, name, value))
+        grow(rustix::fs::fgetxattr_query(&file, &*name)?, |value| rustix::fs::fgetxattr(&file, &*name, value))
     }
 
     /// Names of the attributes shown, each with a NUL behind it.
@@ -65,19 +81,19 @@ impl Share {
         let names = grow(rustix::fs::flistxattr_query(&file)?, |names| rustix::fs::flistxattr(&file, names))?;
         let is_layer = self.is_layer(node)?;
         let shown = names.split_inclusive(|&byte| byte == 0).filter_map(|name| shown(name, is_layer));
-        Ok(shown.flatten().copied().collect())
+        Ok(shown.flat_map(Cow::into_owned).collect())
     }
 
     /// Sets an attribute; `flags` as in setxattr(2).
     pub fn set_xattr(&self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
         let is_layer = self.writable(node)?.mount.options.layer;
         let name = check(name, is_layer)?;
-        if name == HOSTS_OPAQUE && value.len() > 1 {
+        if *name == *HOSTS_OPAQUE && value.len() > 1 {
             return Err(Errno::INVAL);
         }
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::PERM)?;
-        rustix::fs::fsetxattr(&file, name, value, flags)
+        rustix::fs::fsetxattr(&file, &*name, value, flags)
     }
 
     /// Removes an attribute.
@@ -85,7 +101,7 @@ impl Share {
         let is_layer = self.writable(node)?.mount.options.layer;
         let name = check(name, is_layer)?;
         let file = self.attribute_holder(node)?.ok_or(Errno::NODATA)?;
-        rustix::fs::fremovexattr(&file, name)
+        rustix::fs::fremovexattr(&file, &*name)
     }
 
     fn is_layer(&self, node: u64) -> Result<bool> {
@@ -130,20 +146,25 @@ mod tests {
 
     #[test]
     fn what_is_opaque_is_so_on_both_sides_of_a_layer() {
-        assert_eq!(check(GUESTS_OPAQUE, true), Ok(HOSTS_OPAQUE));
-        assert_eq!(check(GUESTS_OPAQUE, false), Ok(GUESTS_OPAQUE));
-        for name in [HOSTS_OPAQUE, c"trusted.overlay.redirect"] {
-            assert_eq!(check(name, true), Err(Errno::OPNOTSUPP));
+        let hosts = |name, is_layer| check(name, is_layer).map(Cow::into_owned);
+        assert_eq!(hosts(GUESTS_OPAQUE, true), Ok(HOSTS_OPAQUE.to_owned()));
+        assert_eq!(hosts(GUESTS_OPAQUE, false), Ok(GUESTS_OPAQUE.to_owned()));
+        assert_eq!(hosts(c"user.overlay.origin", true), Ok(c"trusted.ctvm.overlay.origin".to_owned()));
+        assert_eq!(hosts(c"user.x", true), Ok(c"user.x".to_owned()));
+        for name in [HOSTS_OPAQUE, c"trusted.overlay.redirect", c"trusted.ctvm.overlay.origin"] {
+            assert_eq!(hosts(name, true), Err(Errno::OPNOTSUPP));
         }
-        let guests = b"user.overlay.opaque\0".as_slice();
-        assert_eq!(shown(b"trusted.overlay.opaque\0", true), Some(guests));
-        assert_eq!(shown(b"trusted.overlay.opaque\0", false), None);
-        assert_eq!((shown(guests, true), shown(guests, false)), (None, Some(guests)));
-        for (name, is_shown) in
-            [(b"user.x\0".as_slice(), true), (b"trusted.overlay.origin\0", false), (b"user.x", false)]
-        {
-            assert_eq!(shown(name, true).is_some(), is_shown);
+        let guests = |name: &'static [u8], is_layer| shown(name, is_layer).map(Cow::into_owned);
+        let opaque = b"user.overlay.opaque\0";
+        assert_eq!(guests(b"trusted.overlay.opaque\0", true), Some(opaque.to_vec()));
+        assert_eq!(guests(b"trusted.overlay.opaque\0", false), None);
+        assert_eq!((guests(opaque, true), guests(opaque, false)), (None, Some(opaque.to_vec())));
+        let origin = b"user.overlay.origin\0".to_vec();
+        assert_eq!(guests(b"trusted.ctvm.overlay.origin\0", true), Some(origin));
+        for name in [&b"trusted.ctvm.overlay.origin\0"[..], b"trusted.overlay.origin\0", b"user.x"] {
+            assert_eq!(guests(name, false), None);
         }
+        assert_eq!(guests(b"user.x\0", true), Some(b"user.x\0".to_vec()));
     }
 
     #[test]
