@@ -17,6 +17,7 @@ use vmm_api::{Op, Reply, Stats};
 
 use super::counters::ExitKind;
 use super::exposition::{Exposition, Kind, seconds};
+use super::images;
 use super::memory::{self, Footprint};
 use super::size;
 use super::status::{CONTAINER_STATES, Status};
@@ -118,6 +119,7 @@ fn write(sandbox: &Sandbox, runs: bool, status: &Status, seen: &Answers, begun: 
     size::write(&mut to, status, seen.stats.as_ref(), &sandbox.operator.counters.read());
     if let Some(stats) = &seen.stats {
         devices(&mut to, stats);
+        images::describe(&mut to, stats);
     }
     cost(&mut to, seen);
     guest(&mut to, seen, sandbox);

@@ -34,6 +34,7 @@ pub mod collect;
 pub mod counters;
 pub mod exposition;
 pub mod http;
+pub mod images;
 pub mod memory;
 pub mod resize;
 pub mod size;
