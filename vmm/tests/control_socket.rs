@@ -88,7 +88,8 @@ fn packets_beyond_the_limits_are_refused() {
     assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
     let packet = [IoSlice::new(br#"{"id":1,"op":"stats"}"#)];
     sendmsg(vmm.client(), &packet, &mut control, SendFlags::empty()).unwrap();
-    assert!(refusal(&mut vmm).1.message.contains("48 file descriptors"));
+    let limit = format!("{} file descriptors", vmm_api::frame::MAX_FDS);
+    assert!(refusal(&mut vmm).1.message.contains(&limit));
     assert_eq!(state(&mut vmm), "created");
 }
 

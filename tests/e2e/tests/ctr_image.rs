@@ -1,13 +1,14 @@
 //! A container whose root file system is an image whose bytes come as they are read, through a real shim, VMM and guest. The
-//! image service is the test's own; the mounts are what a Nydus snapshotter hands over. `ctr` cannot say such mounts, so the
-//! container is made by the Task API of a shim that `ctr` has started, beside its first one.
+//! image service is the test's own, and at last the node's; the mounts are what a Nydus snapshotter hands over. `ctr` cannot say
+//! such mounts, so the container is made by the Task API of a shim that `ctr` has started, beside its first one.
 #![cfg(feature = "lab")]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
+use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
@@ -16,52 +17,66 @@ use agent_api::ttrpc::r#async::Client;
 use agent_api::ttrpc::context::with_duration;
 use anyhow::{Context, Result, ensure};
 use e2e::image_service::{Image, Server};
-use e2e::{Containerd, SHARE, command, run, run_with_input};
+use e2e::{BIN, Containerd, SHARE, command, run, run_with_input};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_api::image::OpenRequest;
 
-/// Where shims look for the service.
+/// Where shims look for the service. One test at a time has it.
 const SOCKET: &str = "/run/ctvm/images.sock";
 /// Bytes of the one large file.
 const BIG: usize = 6 << 20;
 
-/// A tree of a busybox, small files and a large one, as an EROFS and the blob that its data is in.
-struct Made {
+/// One test at a time is the node.
+static NODE: Mutex<()> = Mutex::new(());
+
+/// A tree of a busybox, small files and a large one, and the sums of what is large.
+struct Tree {
     folder: TempDir,
-    image: Image,
     sums: BTreeMap<&'static str, String>,
 }
 
-fn make() -> Result<Made> {
-    let folder = tempfile::tempdir_in("/var/tmp")?;
-    let tree = folder.path().join("tree");
-    for dir in ["bin", "dir/below", "etc", "proc", "sys", "dev", "tmp"] {
-        fs::create_dir_all(tree.join(dir))?;
+impl Tree {
+    fn new() -> Result<Self> {
+        let folder = tempfile::tempdir_in("/var/tmp")?;
+        let tree = folder.path().join("tree");
+        for dir in ["bin", "dir/below", "etc", "proc", "sys", "dev", "tmp"] {
+            fs::create_dir_all(tree.join(dir))?;
+        }
+        fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/busybox"))?;
+        fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755))?;
+        std::os::unix::fs::symlink("busybox", tree.join("bin/sh"))?;
+        fs::write(tree.join("etc/motd"), "hello from the image\n")?;
+        fs::write(tree.join("dir/below/file"), "below\n")?;
+        fs::write(tree.join("dir/other"), "other\n")?;
+        let mut state = 7_u64;
+        let words = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()
+        });
+        fs::write(tree.join("big"), words.flatten().take(BIG).collect::<Vec<u8>>())?;
+        let sum = |name: &str| -> Result<String> {
+            let sum = run_with_input(&mut Command::new("md5sum"), fs::read(tree.join(name))?)?.ok()?;
+            Ok(sum.split(' ').next().context("a sum")?.to_owned())
+        };
+        let sums = BTreeMap::from([("big", sum("big")?), ("busybox", sum("bin/busybox")?)]);
+        Ok(Tree { folder, sums })
     }
-    fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/busybox"))?;
-    fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755))?;
-    std::os::unix::fs::symlink("busybox", tree.join("bin/sh"))?;
-    fs::write(tree.join("etc/motd"), "hello from the image\n")?;
-    fs::write(tree.join("dir/below/file"), "below\n")?;
-    fs::write(tree.join("dir/other"), "other\n")?;
-    let mut state = 7_u64;
-    let words = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        state.to_be_bytes()
-    });
-    fs::write(tree.join("big"), words.flatten().take(BIG).collect::<Vec<u8>>())?;
-    let (boot, blob) = (folder.path().join("boot"), folder.path().join("blob"));
-    let mut mkfs = Command::new("mkfs.erofs");
-    mkfs.args(["--quiet", "-T0", "--chunksize=4096"]).arg(format!("--blobdev={}", blob.display()));
-    run(mkfs.arg(&boot).arg(&tree))?.ok()?;
-    let image = Image::new(&fs::read(&boot)?, vec![fs::read(&blob)?])?;
-    let sum = |name: &str| -> Result<String> {
-        let sum = run_with_input(&mut Command::new("md5sum"), fs::read(tree.join(name))?)?.ok()?;
-        Ok(sum.split(' ').next().context("a sum")?.to_owned())
-    };
-    let sums = BTreeMap::from([("big", sum("big")?), ("busybox", sum("bin/busybox")?)]);
-    Ok(Made { folder, image, sums })
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// An EROFS of it, and the blob that its data is in.
+    fn image(&self) -> Result<Image> {
+        let (boot, blob) = (self.path("boot"), self.path("blob"));
+        // The program wants it to be there.
+        fs::write(&blob, "")?;
+        let mut mkfs = Command::new("mkfs.erofs");
+        mkfs.args(["--quiet", "-T0", "--chunksize=4096"]).arg(format!("--blobdev={}", blob.display()));
+        run(mkfs.arg(&boot).arg(self.path("tree")))?.ok()?;
+        Image::new(&fs::read(&boot)?, vec![fs::read(&blob)?])
+    }
 }
 
 /// A shim with a container that sleeps, and a second one to be made in its VM.
@@ -95,11 +110,9 @@ impl Rig {
     }
 
     /// The mount as nydus-snapshotter makes it.
-    fn mount(&self) -> Result<Mount> {
+    fn mount(&self, bootstrap: &Path, config: &Value) -> Result<Mount> {
         let described = json!({
-            "source": "/var/lib/containerd-nydus/snapshots/2/fs/image/image.boot",
-            "config": "{\"device\":{\"backend\":{\"type\":\"localfs\"}}}",
-            "snapshotdir": self.snapshot, "fs_version": "v6"
+            "source": bootstrap, "config": config.to_string(), "snapshotdir": self.snapshot, "fs_version": "v6"
         });
         let base64 =
             run_with_input(Command::new("base64").arg("-w0"), described.to_string().into_bytes())?.ok()?;
@@ -118,15 +131,16 @@ impl Rig {
     }
 
     /// Makes, starts and waits for the container, and deletes it; its exit code and its output.
-    fn run(&self) -> Result<(u32, String)> {
+    fn run(&self, bootstrap: &Path, config: &Value) -> Result<(u32, String)> {
         let output = self.bundle.join("output");
         let context = || with_duration(command::LIMIT);
         let id = || "image".to_owned();
         let create = CreateTaskRequest {
             id: id(),
             bundle: self.bundle.display().to_string(),
-            rootfs: vec![self.mount()?],
+            rootfs: vec![self.mount(bootstrap, config)?],
             stdout: format!("file://{}", output.display()),
+            stderr: format!("file://{}", output.display()),
             ..Default::default()
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -151,7 +165,10 @@ fn is_opaque(path: &Path) -> Result<bool> {
 
 #[test]
 fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Result<()> {
-    let made = make()?;
+    let _node = NODE.lock();
+    let (tree, bootstrap) =
+        (Tree::new()?, Path::new("/var/lib/containerd-nydus/snapshots/2/fs/image/image.boot"));
+    let image = tree.image()?;
     let rig = Rig::new(
         "cat /etc/motd; md5sum < /big; md5sum < /bin/busybox\n\
          rm /etc/motd; test ! -e /etc/motd\n\
@@ -162,24 +179,20 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
     let server = Server::listen(Path::new(SOCKET))?;
     let (status, output) = thread::scope(|scope| {
         let serving = scope.spawn(|| -> Result<usize> {
-            let (request, service) = server.accept(&made.image)?;
-            let OpenRequest::Open { bootstrap, config } = request;
-            ensure!(
-                bootstrap.ends_with("2/fs/image/image.boot") && config.contains("localfs"),
-                "{bootstrap:?}"
-            );
+            let (request, service) = server.accept(&image)?;
+            let OpenRequest::Open { bootstrap: asked, config } = &request;
+            ensure!(asked == bootstrap && config.contains("localfs"), "{request:?}");
             // It dies as the program is being read.
-            let before = service.fulfil(&made.image, 6)?;
+            let before = service.fulfil(&image, 6)?;
             drop((service, server));
             thread::sleep(Duration::from_millis(700));
             let server = Server::listen(Path::new(SOCKET))?;
-            let (again, service) = server.accept(&made.image)?;
-            let OpenRequest::Open { bootstrap: other, .. } = again;
-            ensure!(other == bootstrap, "{other:?} is opened again for {bootstrap:?}");
+            let (again, service) = server.accept(&image)?;
+            ensure!(again == request, "{again:?} is opened again for {request:?}");
             // Until the disk has been taken away.
-            Ok(before + service.fulfil(&made.image, usize::MAX)?)
+            Ok(before + service.fulfil(&image, usize::MAX)?)
         });
-        let ran = rig.run();
+        let ran = rig.run(bootstrap, &json!({"device": {"backend": {"type": "localfs"}}}));
         if ran.is_err() {
             rig.containerd.show_log();
         }
@@ -188,9 +201,11 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
         ensure!(wishes > 6, "{wishes} wishes");
         anyhow::Ok(ran)
     })?;
-    let Made { sums, .. } = &made;
-    let wanted =
-        format!("hello from the image\n{}  -\n{}  -\n-rwx------\n0\ndone\n", sums["big"], sums["busybox"]);
+    let (big, busybox) = (&tree.sums["big"], &tree.sums["busybox"]);
+    let wanted = format!("hello from the image\n{big}  -\n{busybox}  -\n-rwx------\n0\ndone\n");
+    if status != 0 {
+        rig.containerd.show_log();
+    }
     ensure!(status == 0 && output == wanted, "status {status}: {output}\nwanted {wanted}");
 
     // The snapshot has what the container wrote, as containerd's overlays have it.
@@ -201,19 +216,92 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
     ensure!(is_opaque(&upper.join("dir"))? && fs::read_to_string(upper.join("dir/new"))? == "new\n");
     ensure!(fs::metadata(upper.join("big"))?.len() == BIG as u64);
     rig.containerd.remove("first")?;
-    drop(made.folder);
     Ok(())
 }
 
 #[test]
 fn an_image_without_a_service_is_told_how_to_get_one() -> Result<()> {
+    let _node = NODE.lock();
     let rig = Rig::new("true")?;
-    let error = format!("{:#}", rig.run().expect_err("there is no service"));
+    let try_it = || rig.run(Path::new("/image.boot"), &json!({}));
+    let error = format!("{:#}", try_it().expect_err("there is no service"));
     ensure!(error.contains("ctvm-images serve") && error.contains(SOCKET), "{error}");
     // Nothing of it is left: the same name can be had again, and the first container is well.
-    let again = format!("{:#}", rig.run().expect_err("there is still none"));
+    let again = format!("{:#}", try_it().expect_err("there is still none"));
     ensure!(again.contains("ctvm-images serve"), "{again}");
     rig.containerd.exec("first", "look", &["true"])?.ok()?;
     rig.containerd.remove("first")?;
+    Ok(())
+}
+
+/// The node's service, which ends with this.
+struct Node(Child);
+
+impl Node {
+    fn start(root: &Path) -> Result<Self> {
+        let mut service = Command::new(Path::new(BIN).join("ctvm-images"));
+        service.arg("serve").arg("--root").arg(root).args(["--socket", SOCKET]);
+        fs::create_dir_all(Path::new(SOCKET).parent().context("a folder")?)?;
+        let mut node = Node(service.spawn().context("starting ctvm-images")?);
+        command::wait_until("the image service listens", || {
+            let ended = node.0.try_wait()?;
+            ensure!(ended.is_none(), "the image service has ended as it started: {ended:?}");
+            Ok(Path::new(SOCKET).exists())
+        })?;
+        Ok(node)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // All fail only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        let _ = fs::remove_file(SOCKET);
+    }
+}
+
+/// Bytes that files below `folder` take on its disk.
+fn taken(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let stat = entry.metadata()?;
+        bytes += if stat.is_dir() { taken(&entry.path())? } else { stat.blocks() * 512 };
+    }
+    Ok(bytes)
+}
+
+#[test]
+fn a_container_runs_from_an_image_before_it_is_there_by_the_nodes_own_service() -> Result<()> {
+    let _node = NODE.lock();
+    let tree = Tree::new()?;
+    let (converted, cache) = (tree.path("converted"), tree.path("cache"));
+    let mut convert = Command::new(Path::new(BIN).join("ctvm-convert"));
+    run(convert.args(["folder", "--chunk-size", "65536"]).arg(tree.path("tree")).arg(&converted))?.ok()?;
+    fs::create_dir_all(&cache)?;
+    let node = Node::start(&cache)?;
+    let rig = Rig::new(
+        "cat /etc/motd; dd if=/big bs=64k skip=3 count=1 2>/dev/null | md5sum; echo new > /etc/motd",
+    )?;
+    let config = json!({
+        "device": {
+            "backend": {"type": "localfs", "config": {"dir": converted.join("blobs")}},
+            "cache": {"type": "blobcache", "config": {"work_dir": cache}}
+        },
+        "mode": "direct", "digest_validate": false
+    });
+    let (status, output) = rig.run(&converted.join("image.boot"), &config)?;
+    let big = fs::read(tree.path("tree/big"))?[3 << 16..4 << 16].to_vec();
+    let sum = run_with_input(&mut Command::new("md5sum"), big)?.ok()?;
+    let wanted = format!("hello from the image\n{}\n", sum.trim_end());
+    ensure!(status == 0 && output == wanted, "status {status}: {output}\nwanted {wanted}");
+    ensure!(fs::read_to_string(rig.snapshot.join("fs/etc/motd"))? == "new\n");
+    // The program is read whole, of the large file a chunk and what the service takes along.
+    let (taken, all) = (taken(&cache)?, u64::try_from(BIG)?);
+    let program = fs::metadata(tree.path("tree/bin/busybox"))?.len();
+    ensure!(taken < program + all / 4, "{taken} bytes of an image of {} are there", program + all);
+    rig.containerd.remove("first")?;
+    drop(node);
     Ok(())
 }
