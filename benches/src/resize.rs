@@ -135,24 +135,15 @@ fn memory(runs: usize) -> Result<Vec<Row>> {
 /// The same by QEMU's own hotplug.
 fn by_acpi(runs: usize) -> Result<Vec<Row>> {
     let subject = crate::q35::name()?;
-    let mut rows = vec![];
     let mut guest = Q35::boot(VCPUS)?;
-    for more in [1, VCPUS - 1] {
+    let mut rows = vec![];
+    let mut measure = |what: String,
+                       guest: &mut Q35,
+                       come: &dyn Fn(&mut Q35) -> Result<f64>,
+                       go: &dyn Fn(&mut Q35) -> Result<f64>| {
         let (mut added, mut removed) = (vec![], vec![]);
         for run in 0..=runs {
-            let (add, remove) = (guest.set_cpus(1 + u32::from(more))?, guest.set_cpus(1)?);
-            if run > 0 {
-                added.push(add);
-                removed.push(remove);
-            }
-        }
-        rows.push(row(format!("{more} vCPUs come"), &subject, "ms", added)?);
-        rows.push(row(format!("{more} vCPUs go"), &subject, "ms", removed)?);
-    }
-    for (mib, what) in SIZES {
-        let (mut added, mut removed) = (vec![], vec![]);
-        for run in 0..=runs {
-            let (add, remove) = (guest.add_memory(mib)?, guest.remove_memory(mib)?);
+            let (add, remove) = (come(guest)?, go(guest)?);
             if run > 0 {
                 added.push(add);
                 removed.push(remove);
@@ -160,6 +151,18 @@ fn by_acpi(runs: usize) -> Result<Vec<Row>> {
         }
         rows.push(row(format!("{what} come"), &subject, "ms", added)?);
         rows.push(row(format!("{what} go"), &subject, "ms", removed)?);
+        anyhow::Ok(())
+    };
+    for more in [1, VCPUS - 1] {
+        let all = 1 + u32::from(more);
+        measure(format!("{more} vCPUs"), &mut guest, &|guest| guest.set_cpus(all), &|guest| {
+            guest.set_cpus(1)
+        })?;
+    }
+    for (mib, what) in SIZES {
+        let (come, go) =
+            (move |guest: &mut Q35| guest.add_memory(mib), move |guest: &mut Q35| guest.remove_memory(mib));
+        measure(what.to_owned(), &mut guest, &come, &go)?;
     }
     Ok(rows)
 }

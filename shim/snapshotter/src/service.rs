@@ -13,10 +13,10 @@ use crate::api::{
 };
 use crate::error::SnapshotError;
 use crate::filter::Filters;
-use crate::nydus::{self, blob_target};
+use crate::mounts;
+use crate::nydus::{self, TARGET, blob_target};
 use crate::snapshot::{Kind, Labels, Snapshot};
 use crate::store::Store;
-use crate::{mounts, nydus::TARGET};
 
 /// Snapshots in one answer of List: labels may have 4 KiB each, and a message of gRPC 4 MiB.
 const A_PAGE: usize = 100;

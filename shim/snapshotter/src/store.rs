@@ -205,9 +205,8 @@ impl Store {
     pub fn relabel(&mut self, name: &str, labels: Labels) -> Result<&Snapshot, SnapshotError> {
         let snapshot = Snapshot { labels, updated: now(), ..self.get(name)?.clone() };
         write_meta(&self.folder(snapshot.id), &snapshot)?;
-        let place = self.snapshots.entry(name.to_owned()).or_insert_with(|| snapshot.clone());
-        *place = snapshot;
-        Ok(place)
+        self.snapshots.insert(name.to_owned(), snapshot);
+        self.get(name)
     }
 
     /// What a snapshot takes now.

@@ -281,24 +281,10 @@ pub fn digest(path: &Path) -> Result<(String, u64)> {
 
 /// Writes the bootstrap's layer, gzip. The digest of the archive before compression.
 pub fn write_bootstrap_layer(bootstrap: &Path, layer: &Path) -> Result<String> {
-    struct Both<W> {
-        hash: Sha256,
-        to: W,
-    }
-    impl<W: Write> Write for Both<W> {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let count = self.to.write(bytes)?;
-            self.hash.update(&bytes[..count]);
-            Ok(count)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            self.to.flush()
-        }
-    }
+    let mut hash = Sha256::new();
     let gzip =
         flate2::GzBuilder::new().write(BufWriter::new(File::create(layer)?), flate2::Compression::default());
-    let mut archive = tar::Builder::new(Both { hash: Sha256::new(), to: gzip });
+    let mut archive = tar::Builder::new(HashingWriter { to: gzip, hash: &mut hash });
     let header = |path: &str, kind: tar::EntryType, mode: u32, size: u64| -> Result<tar::Header> {
         let mut header = tar::Header::new_ustar();
         header.set_path(path)?;
@@ -315,9 +301,8 @@ pub fn write_bootstrap_layer(bootstrap: &Path, layer: &Path) -> Result<String> {
     let file = File::open(bootstrap).with_context(|| format!("open {}", bootstrap.display()))?;
     let size = file.metadata()?.len();
     archive.append(&header(BOOTSTRAP_FILE, tar::EntryType::Regular, 0o444, size)?, file)?;
-    let both = archive.into_inner()?;
-    both.to.finish()?.flush()?;
-    Ok(format!("{:x}", both.hash.finalize()))
+    archive.into_inner()?.to.finish()?.flush()?;
+    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// Takes the bootstrap out of its layer.

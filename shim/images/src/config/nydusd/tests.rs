@@ -9,7 +9,7 @@ const OLD: &str = r#"{
         "readahead": false, "host": "registry.test:5000", "repo": "a/b", "auth": "dTpw", "timeout": 5,
         "connect_timeout": 0, "retry_limit": 2, "scheme": "http", "skip_verify": true,
         "mirrors": [{"host": "http://mirror.test", "ping_url": "x", "headers": {"X-A": "1"}, "speed": 1}, {}],
-        "proxy": {"url": "http://proxy.test:3128", "fallback": false}
+        "proxy": {"url": "http://egress.test:8080", "fallback": false}
       }
     },
     "cache": {"type": "blobcache", "config": {"work_dir": "/x"}}
@@ -27,7 +27,7 @@ fn the_old_form_of_a_registry() {
     assert_eq!((registry.timeout_s, registry.connect_timeout_s), (5, 5));
     assert_eq!((registry.mirrors.len(), registry.skip_verify), (1, true));
     assert_eq!(registry.mirrors[0].headers["X-A"], "1");
-    assert_eq!(registry.proxy, Some(Proxy { url: "http://proxy.test:3128".into(), fallback: false }));
+    assert_eq!(registry.proxy, Some(Proxy { url: "http://egress.test:8080".into(), fallback: false }));
     assert_eq!(daemon.ahead, Some(Ahead { listed: true, all: true, rate: 1000 }));
     let warnings = daemon.warnings.join("\n");
     for named in ["device.backend.config.readahead", "mirrors[0].speed", "mirrors[1].host"] {
