@@ -10,6 +10,9 @@ pub mod containerd;
 pub mod image_service;
 pub mod loop_device;
 pub mod netns;
+pub mod node;
+pub mod oci;
+pub mod service;
 pub mod small_fs;
 pub mod tap;
 pub mod tiny;
@@ -20,6 +23,7 @@ pub use command::{Finished, run, run_with_input};
 pub use containerd::{Containerd, Setup};
 pub use loop_device::LoopDevice;
 pub use netns::Netns;
+pub use service::Service;
 pub use small_fs::SmallFs;
 pub use tap::Tap;
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -17,13 +17,11 @@ use agent_api::ttrpc::r#async::Client;
 use agent_api::ttrpc::context::with_duration;
 use anyhow::{Context, Result, ensure};
 use e2e::image_service::{Image, Server};
-use e2e::{BIN, Containerd, SHARE, command, run, run_with_input};
+use e2e::{Containerd, SHARE, command, node, run, run_with_input};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_api::image::OpenRequest;
 
-/// Where shims look for the service. One test at a time has it.
-const SOCKET: &str = "/run/ctvm/images.sock";
 /// Bytes of the one large file.
 const BIG: usize = 6 << 20;
 
@@ -176,7 +174,7 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
          echo written > /new; chmod 700 /big; mv /new /renamed; ls -l /big | cut -c1-10\n\
          grep -c erofs /proc/mounts || true; echo done",
     )?;
-    let server = Server::listen(Path::new(SOCKET))?;
+    let server = Server::listen(Path::new(node::IMAGES))?;
     let (status, output) = thread::scope(|scope| {
         let serving = scope.spawn(|| -> Result<usize> {
             let (request, service) = server.accept(&image)?;
@@ -186,7 +184,7 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
             let before = service.fulfil(&image, 6)?;
             drop((service, server));
             thread::sleep(Duration::from_millis(700));
-            let server = Server::listen(Path::new(SOCKET))?;
+            let server = Server::listen(Path::new(node::IMAGES))?;
             let (again, service) = server.accept(&image)?;
             ensure!(again == request, "{again:?} is opened again for {request:?}");
             // Until the disk has been taken away.
@@ -225,40 +223,13 @@ fn an_image_without_a_service_is_told_how_to_get_one() -> Result<()> {
     let rig = Rig::new("true")?;
     let try_it = || rig.run(Path::new("/image.boot"), &json!({}));
     let error = format!("{:#}", try_it().expect_err("there is no service"));
-    ensure!(error.contains("ctvm-images serve") && error.contains(SOCKET), "{error}");
+    ensure!(error.contains("ctvm-images serve") && error.contains(node::IMAGES), "{error}");
     // Nothing of it is left: the same name can be had again, and the first container is well.
     let again = format!("{:#}", try_it().expect_err("there is still none"));
     ensure!(again.contains("ctvm-images serve"), "{again}");
     rig.containerd.exec("first", "look", &["true"])?.ok()?;
     rig.containerd.remove("first")?;
     Ok(())
-}
-
-/// The node's service, which ends with this.
-struct Node(Child);
-
-impl Node {
-    fn start(root: &Path) -> Result<Self> {
-        let mut service = Command::new(Path::new(BIN).join("ctvm-images"));
-        service.arg("serve").arg("--root").arg(root).args(["--socket", SOCKET]);
-        fs::create_dir_all(Path::new(SOCKET).parent().context("a folder")?)?;
-        let mut node = Node(service.spawn().context("starting ctvm-images")?);
-        command::wait_until("the image service listens", || {
-            let ended = node.0.try_wait()?;
-            ensure!(ended.is_none(), "the image service has ended as it started: {ended:?}");
-            Ok(Path::new(SOCKET).exists())
-        })?;
-        Ok(node)
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // All fail only when it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-        let _ = fs::remove_file(SOCKET);
-    }
 }
 
 /// Bytes that files below `folder` take on its disk.
@@ -277,10 +248,9 @@ fn a_container_runs_from_an_image_before_it_is_there_by_the_nodes_own_service() 
     let _node = NODE.lock();
     let tree = Tree::new()?;
     let (converted, cache) = (tree.path("converted"), tree.path("cache"));
-    let mut convert = Command::new(Path::new(BIN).join("ctvm-convert"));
+    let mut convert = node::program("ctvm-convert");
     run(convert.args(["folder", "--chunk-size", "65536"]).arg(tree.path("tree")).arg(&converted))?.ok()?;
-    fs::create_dir_all(&cache)?;
-    let node = Node::start(&cache)?;
+    let service = node::image_service(tree.folder.path())?;
     let rig = Rig::new(
         "cat /etc/motd; dd if=/big bs=64k skip=3 count=1 2>/dev/null | md5sum; echo new > /etc/motd",
     )?;
@@ -302,6 +272,5 @@ fn a_container_runs_from_an_image_before_it_is_there_by_the_nodes_own_service() 
     let program = fs::metadata(tree.path("tree/bin/busybox"))?.len();
     ensure!(taken < program + all / 4, "{taken} bytes of an image of {} are there", program + all);
     rig.containerd.remove("first")?;
-    drop(node);
-    Ok(())
+    service.stop()
 }

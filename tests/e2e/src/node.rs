@@ -1,0 +1,70 @@
+//! What a node with Nydus images has beside containerd: a registry, the image service and the snapshotter, all of them real.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{BIN, Service, run};
+
+/// Where the registry listens.
+pub const REGISTRY: &str = "127.0.0.1:5000";
+/// Where shims look for the image service.
+pub const IMAGES: &str = "/run/ctvm/images.sock";
+/// Where containerd looks for the snapshotter, unless a test says otherwise.
+pub const SNAPSHOTTER: &str = "/run/ctvm/snapshotter.sock";
+
+/// A program of ours.
+pub fn program(name: &str) -> Command {
+    Command::new(Path::new(BIN).join(name))
+}
+
+/// Debian's `docker-registry`, with its store in `folder`.
+pub fn registry(folder: &Path) -> Result<Service> {
+    let (config, store) = (folder.join("registry.yml"), folder.join("registry"));
+    let storage = format!("{{filesystem: {{rootdirectory: {}}}}}", store.display());
+    let text =
+        format!("version: 0.1\nlog: {{level: warn}}\nstorage: {storage}\nhttp: {{addr: {REGISTRY}}}\n");
+    fs::write(&config, text)?;
+    let mut serve = Command::new("docker-registry");
+    serve.arg("serve").arg(config).stdout(Stdio::null()).stderr(Stdio::null());
+    Service::start(&mut serve, || TcpStream::connect(REGISTRY).is_ok())
+}
+
+/// The image service, with its cache in `folder/cache`.
+pub fn image_service(folder: &Path) -> Result<Service> {
+    let mut serve = program("ctvm");
+    serve.args(["image", "serve", "--root"]).arg(folder.join("cache"));
+    Service::start(&mut serve, || answers(Path::new(IMAGES)))
+}
+
+/// The snapshotter at `address`, with its snapshots in `folder/snapshots`.
+pub fn snapshotter(folder: &Path, address: &Path) -> Result<Service> {
+    let mut serve = program("ctvm");
+    serve.args(["snapshotter", "--plain-http", REGISTRY]);
+    serve.arg("--address").arg(address).arg("--root").arg(folder.join("snapshots"));
+    Service::start(&mut serve, || answers(address))
+}
+
+/// Whether something listens there. The image service wants packets, not a stream: its refusal is an answer.
+fn answers(socket: &Path) -> bool {
+    fs::metadata(socket).is_ok()
+        && !matches!(UnixStream::connect(socket), Err(e) if e.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// What `ctvm image stat` says of the cache in `folder/cache`.
+pub fn counters(folder: &Path) -> Result<Value> {
+    let text =
+        run(program("ctvm").args(["image", "stat", "--json", "--root"]).arg(folder.join("cache")))?.ok()?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// Bytes of chunks that came to the cache in `folder/cache`.
+pub fn fetched(folder: &Path) -> Result<u64> {
+    counters(folder)?["chunk_bytes"].as_u64().context("chunk_bytes")
+}

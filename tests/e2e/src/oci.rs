@@ -1,0 +1,109 @@
+//! OCI images made on the spot: a tree for each layer, packed by `tar` into a layout folder.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::{SHARE, run};
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+
+/// Fills `tree` with what a container needs: busybox under the names of `applets`, and folders for the usual mounts.
+pub fn busybox_tree(tree: &Path, applets: &[&str]) -> Result<()> {
+    for dir in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
+        fs::create_dir_all(tree.join(dir))?;
+    }
+    fs::set_permissions(tree.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    fs::copy(Path::new(SHARE).join("busybox"), tree.join("bin/busybox"))?;
+    fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755))?;
+    for applet in applets {
+        symlink("busybox", tree.join("bin").join(applet))?;
+    }
+    Ok(())
+}
+
+/// `bytes` bytes that no compressor makes smaller, others for each `seed` but 0.
+pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(bytes).collect()
+}
+
+/// An image layout in a folder of its own.
+#[derive(Debug)]
+pub struct Layout {
+    folder: PathBuf,
+}
+
+impl Layout {
+    /// The layout `folder` with one image: a layer of each of `trees`, the lowest first, and `config`, the image's
+    /// [configuration](https://github.com/opencontainers/image-spec/blob/main/config.md) but for its `rootfs` and platform.
+    pub fn new(folder: &Path, trees: &[&Path], config: &serde_json::Value) -> Result<Layout> {
+        let layout = Layout { folder: folder.to_owned() };
+        fs::create_dir_all(layout.blobs())?;
+        let mut layers = Vec::new();
+        for tree in trees {
+            let tar = folder.join("layer.tar");
+            run(Command::new("tar")
+                .args(["--xattrs", "--numeric-owner", "-cf"])
+                .arg(&tar)
+                .arg("-C")
+                .arg(tree)
+                .arg("."))?
+            .ok()?;
+            let size = fs::metadata(&tar)?.len();
+            layers.push(json!({"mediaType": LAYER, "digest": layout.take(&tar)?, "size": size}));
+        }
+        let diff_ids: Vec<_> = layers.iter().map(|layer| layer["digest"].clone()).collect();
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "config": config,
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        })
+        .to_string();
+        let config = json!({"mediaType": CONFIG, "digest": layout.add(&config)?, "size": config.len()});
+        let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers})
+            .to_string();
+        let manifest =
+            json!({"mediaType": MANIFEST, "digest": layout.add(&manifest)?, "size": manifest.len()});
+        fs::write(
+            folder.join("index.json"),
+            json!({"schemaVersion": 2, "manifests": [manifest]}).to_string(),
+        )?;
+        fs::write(folder.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}")?;
+        Ok(layout)
+    }
+
+    /// How `ctvm image convert` is told of it.
+    pub fn source(&self) -> String {
+        format!("oci:{}", self.folder.display())
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.folder.join("blobs/sha256")
+    }
+
+    fn add(&self, text: &str) -> Result<String> {
+        let path = self.folder.join("new");
+        fs::write(&path, text)?;
+        self.take(&path)
+    }
+
+    /// Makes a file a blob, under the digest that is its name.
+    fn take(&self, path: &Path) -> Result<String> {
+        let sum = run(Command::new("sha256sum").arg(path))?.ok()?;
+        let digest = sum.split(' ').next().context("a digest")?.to_owned();
+        fs::rename(path, self.blobs().join(&digest))?;
+        Ok(format!("sha256:{digest}"))
+    }
+}
