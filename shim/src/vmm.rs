@@ -410,6 +410,7 @@ fn name_of(op: &Op) -> &'static str {
         Op::Attach { .. } => "attach",
         Op::Detach { .. } => "detach",
         Op::ImageChannel { .. } => "image_channel",
+        Op::Balloon { .. } => "balloon",
         Op::FsMount { .. } => "fs_mount",
         Op::FsUnmount { .. } => "fs_unmount",
         Op::VsockConnect { .. } => "vsock_connect",

@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use e2e::command;
 use e2e::tiny::{self, RESET};
 use e2e::vm::{Guest, GuestSpec, SHELL};
 use vmm_api::{Ending, ExitReason, MemoryConfig, Op, Reply, Resized};
@@ -285,6 +286,41 @@ fn what_a_process_freed_goes_back_without_being_asked_for() -> Result<()> {
     for nothing in ["bad_pages", "bad_requests", "host_errors", "poisoned_bytes", "breakages"] {
         assert_eq!(balloon[nothing], 0, "{nothing} in {balloon:#?}");
     }
+    let others = guest.ask(&format!("{fill}; tr -d '\\000' < /mnt/fill | wc -c"))?;
+    assert_eq!(others, "0", "bytes that are not zero in what came back");
+    Ok(())
+}
+
+#[test]
+fn a_balloon_takes_memory_and_gives_it_back() -> Result<()> {
+    let memory = MemoryConfig::new(512);
+    let spec = GuestSpec { memory, balloon: true, script: SHELL.into(), ..GuestSpec::default() };
+    let mut guest = spec.boot()?;
+    let inflate = |guest: &mut Guest, mib: u32| -> Result<()> {
+        guest.call(Op::Balloon { mib })?;
+        command::wait_until(&format!("a balloon of {mib} MiB"), || {
+            let balloon = guest.stats()?.devices["balloon"].clone();
+            ensure!(balloon["target_bytes"] == u64::from(mib) * MIB, "{balloon:#?}");
+            Ok(balloon["actual_bytes"] == u64::from(mib) * MIB)
+        })
+    };
+    // All of it is touched and free again: what a balloon is for.
+    let fill = "dd if=/dev/zero of=/mnt/fill bs=1M count=300 2>/dev/null";
+    guest.ask(&format!("mount -t tmpfs -o size=400M fill /mnt; {fill}; rm /mnt/fill"))?;
+    let available = |guest: &mut Guest| -> Result<u64> {
+        let said = guest.ask("awk '/^MemAvailable/ {print $2}' /proc/meminfo")?;
+        Ok(said.trim().parse::<u64>()? << 10)
+    };
+    let (free, used) = (available(&mut guest)?, resident(&guest)?);
+    inflate(&mut guest, 256)?;
+    let (left, now) = (available(&mut guest)?, resident(&guest)?);
+    ensure!(free - left > 240 * MIB, "{} of {} MiB are available", left / MIB, free / MIB);
+    ensure!(used - now > 200 * MIB, "{} of {} MiB are resident", now / MIB, used / MIB);
+
+    let error = guest.call(Op::Balloon { mib: 513 }).expect_err("more than there is");
+    ensure!(format!("{error:#}").contains("mib is 513, must be 0 to 512 (max_mib)"), "{error:#}");
+    inflate(&mut guest, 0)?;
+    ensure!(available(&mut guest)? > free - 16 * MIB);
     let others = guest.ask(&format!("{fill}; tr -d '\\000' < /mnt/fill | wc -c"))?;
     assert_eq!(others, "0", "bytes that are not zero in what came back");
     Ok(())

@@ -111,6 +111,14 @@ pub enum Op {
         /// [`crate::resize::MAX_RESIZE_MS`].
         timeout_ms: u32,
     },
+    /// Ask the guest to do without this much of its memory, which goes back to the host, or, by less than last time, to have
+    /// some of it again. Legal from `Configure` to the end; needs [`VmConfig::balloon`]. The reply says that the guest is
+    /// asked: it gives as it can, and takes pages back by itself rather than kill a process. `Stats` tells how far it is:
+    /// `target_bytes` and `actual_bytes` of the device `balloon`.
+    Balloon {
+        /// Size of the balloon in MiB: 0 to [`crate::MemoryConfig::max_mib`].
+        mib: u32,
+    },
     /// Counters. Legal in every state.
     Stats,
     /// Flush disks, stop, exit. Legal in every state. The reply comes before [`Event::Exiting`].

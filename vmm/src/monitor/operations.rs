@@ -67,6 +67,7 @@ impl Monitor {
             Op::FsUnmount { share, at } => self.fs_unmount(share.as_deref(), &at),
             Op::VsockConnect { port, timeout_ms } => self.vsock_connect(id, port, timeout_ms),
             Op::Resize { vcpus, memory_mib, timeout_ms } => self.resize(id, vcpus, memory_mib, timeout_ms),
+            Op::Balloon { mib } => self.balloon(mib),
             Op::Stats => Ok(Answer::Now(Reply::Stats(Box::new(self.stats())))),
             // What follows is the main loop's business.
             Op::Shutdown => DONE,
@@ -193,6 +194,17 @@ impl Monitor {
                 ApiError::msg(ErrorCode::NotFound, format!("there is no {name}"))
             }
         })
+    }
+
+    fn balloon(&self, mib: u32) -> Done {
+        let vm = self.vm();
+        let (_, max) = vm.memory_limits_mib();
+        if mib > max {
+            return Err(invalid(format!("mib is {mib}, must be 0 to {max} (max_mib)")));
+        }
+        let mut balloon = vm.devices().balloon().ok_or_else(|| missing("balloon"))?;
+        balloon.device_mut().set_target(u64::from(mib) << 20).map_err(|e| invalid(e.to_string()))?;
+        DONE
     }
 
     /// The answer comes with the guest's, or when the time is up.
