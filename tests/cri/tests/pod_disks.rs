@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 
 use anyhow::{Result, ensure};
 use cri::{Daemon, Pod, harm};
-use e2e::LoopDevice;
 use e2e::command::wait_until;
+use e2e::{LoopDevice, node, run};
 use k8s_cri::v1::{ContainerConfig, Device};
 
 /// One containerd for all tests of this file.
@@ -80,6 +80,12 @@ fn a_pods_containers_have_disks_that_go_with_them() -> Result<()> {
         let expected = [&pattern(9)[..round * 65536], &pattern(0)[round * 65536..]].concat();
         ensure!(first.content()? == expected, "round {round}: the host sees something else");
         ensure!(second.content()? == pattern(9), "round {round}: it was written to");
+    }
+    let metrics = run(node::program("ctvm").arg("metrics"))?.ok()?;
+    for result in ["attached", "detached"] {
+        let (pod, result) = (format!("sandbox=\"{}\"", pod.id), format!("result=\"{result}\"}} 8"));
+        let mut plugs = metrics.lines().filter(|line| line.starts_with("ctvm_device_plugs_total"));
+        ensure!(plugs.any(|line| line.contains(&pod) && line.ends_with(&result)), "no {result}: {metrics}");
     }
     pod.end()
 }

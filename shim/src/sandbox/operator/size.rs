@@ -41,6 +41,7 @@ pub fn write(to: &mut Exposition, status: &Status, stats: Option<&Stats>, counts
     }
     if let Some(stats) = stats {
         results(to, stats);
+        plugs(to, stats);
         let given_back = stats.devices.values().filter_map(|counters| counters.get("bytes_given_back"));
         let help = "Guest memory that was unplugged and given back to the host, since the boot.";
         to.counter("ctvm_guest_memory_given_back_bytes_total", help, given_back.sum::<u64>());
@@ -62,6 +63,21 @@ fn results(to: &mut Exposition, stats: &Stats) {
         let help = "Time that resizes took, from the moment that the guest had a say.";
         to.histogram("ctvm_resize_duration_seconds", help, &buckets, seconds(*sum), *count);
     }
+}
+
+/// How devices that come and go while the VM runs can end, in the monitor's words.
+const PLUGS: [&str; 5] = ["attached", "detached", "refused", "timed_out", "reset"];
+
+fn plugs(to: &mut Exposition, stats: &Stats) {
+    let count = |name: &str| stats.plugs.get(name).copied().unwrap_or(0);
+    let help = "Devices attached to and detached from the running VM, by how it ended: attached, detached, refused, \
+        timed_out, reset.";
+    let mut family = to.family("ctvm_device_plugs_total", Kind::Counter, help);
+    for result in PLUGS {
+        family.sample(&[("result", result)], count(result));
+    }
+    let help = "Devices that the guest may still have and that go as soon as it has given them up.";
+    to.gauge("ctvm_devices_parked", help, count("parked"));
 }
 
 /// `le_N_us` as pairs of N and its count, by N.
