@@ -9,6 +9,7 @@ mod exits;
 mod q35;
 mod resize;
 mod size;
+mod sized;
 mod svg;
 
 use std::path::{Path, PathBuf};
@@ -51,6 +52,9 @@ enum Group {
     Pods,
 }
 
+/// Whole containers take long, and their medians settle soon.
+const SIZED_RUNS: usize = 10;
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let wanted = |group| arguments.only.is_none_or(|only| only == group);
@@ -74,6 +78,7 @@ fn main() -> Result<()> {
     }
     if wanted(Group::Resize) {
         rows.extend(resize::group(arguments.runs)?);
+        rows.extend(sized::group(arguments.runs.min(SIZED_RUNS))?);
     }
     if wanted(Group::Pods) {
         rows.extend(pods(arguments.runs)?);
