@@ -49,6 +49,13 @@ fn try_resize(guest: &mut Guest, vcpus: Option<u8>, memory_mib: Option<u32>) -> 
     Ok((took.as_secs_f64() * 1e3, resized))
 }
 
+/// A sign of life, which the lab wants even of slow exact time.
+fn progress(what: &str, run: usize, runs: usize) {
+    if run.is_multiple_of(10) {
+        eprintln!("resize: {what}, {run} of {runs}");
+    }
+}
+
 fn row(name: impl Into<String>, subject: &str, unit: &'static str, values: Vec<f64>) -> Result<Row> {
     Row::of(GROUP, name, subject, unit, values).context("no run")
 }
@@ -60,6 +67,7 @@ fn vcpus(runs: usize) -> Result<Vec<Row>> {
     for more in [1, VCPUS - 1] {
         let (mut first, mut added, mut removed) = (vec![], vec![], vec![]);
         for run in 0..=runs {
+            progress("vCPUs", run, runs);
             let add = resize(&mut guest, Some(1 + more), None)?;
             // The first time a vCPU has to be made, and the guest's kernel makes its threads for it.
             let times = if run == 0 { &mut first } else { &mut added };
@@ -93,6 +101,7 @@ fn by_sysfs(runs: usize) -> Result<Vec<Row>> {
     for more in [1, VCPUS - 1] {
         let (mut added, mut removed) = (vec![], vec![]);
         for run in 0..=runs {
+            progress("vCPUs by sysfs", run, runs);
             let nothing = time(":")?;
             let add = time(&write(1..1 + more, 1))?;
             let remove = time(&write(1..1 + more, 0))?;
@@ -115,6 +124,7 @@ fn memory(runs: usize) -> Result<Vec<Row>> {
     for (mib, what) in SIZES {
         let (mut added, mut removed, mut left) = (vec![], vec![], vec![]);
         for run in 0..=runs {
+            progress(what, run, runs);
             let add = resize(&mut guest, None, Some(BOOT_MIB + mib))?;
             // A page that cannot be moved may keep a block or two.
             let (remove, resized) = try_resize(&mut guest, None, Some(BOOT_MIB))?;
@@ -143,6 +153,7 @@ fn by_acpi(runs: usize) -> Result<Vec<Row>> {
                        go: &dyn Fn(&mut Q35) -> Result<f64>| {
         let (mut added, mut removed) = (vec![], vec![]);
         for run in 0..=runs {
+            progress(&format!("{what} by QEMU"), run, runs);
             let (add, remove) = (come(guest)?, go(guest)?);
             if run > 0 {
                 added.push(add);
