@@ -19,6 +19,8 @@ pub enum Backend {
     },
     /// In a registry.
     Registry(RegistryBackend),
+    /// In a bucket of an object store.
+    Bucket(BucketBackend),
 }
 
 /// A repository of a registry.
@@ -32,18 +34,10 @@ pub struct RegistryBackend {
     pub repo: String,
     /// Credentials.
     pub auth: Option<Auth>,
-    /// Its certificate is not checked.
-    pub skip_verify: bool,
-    /// Certificates of its authority, PEM, besides the system's.
-    pub ca: Option<PathBuf>,
-    /// After so many seconds without a byte it is unavailable.
-    pub timeout_s: u32,
-    /// As much for a connection.
-    pub connect_timeout_s: u32,
+    /// How it is reached.
+    pub link: Link,
     /// Places that have the same, asked first.
     pub mirrors: Vec<Mirror>,
-    /// A proxy between.
-    pub proxy: Option<Proxy>,
 }
 
 /// What it looks like in a log: nothing of its credentials.
@@ -61,13 +55,83 @@ impl RegistryBackend {
             host: host.into(),
             repo: repo.into(),
             auth: None,
-            skip_verify: false,
-            ca: None,
-            timeout_s: 20,
-            connect_timeout_s: 5,
+            link: Link::default(),
             mirrors: Vec::new(),
-            proxy: None,
         }
+    }
+}
+
+/// How a server is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Link {
+    /// Its certificate is not checked.
+    pub skip_verify: bool,
+    /// Certificates of its authority, PEM, besides the system's.
+    pub ca: Option<PathBuf>,
+    /// After so many seconds without a byte it is unavailable.
+    pub timeout_s: u32,
+    /// As much for a connection.
+    pub connect_timeout_s: u32,
+    /// A proxy between.
+    pub proxy: Option<Proxy>,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { skip_verify: false, ca: None, timeout_s: 20, connect_timeout_s: 5, proxy: None }
+    }
+}
+
+/// A bucket of an object store. A blob is the object of its name, behind a prefix.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct BucketBackend {
+    /// Whose words it speaks.
+    pub store: Store,
+    /// `http` or `https`.
+    pub scheme: String,
+    /// The store's name, with a port where it has one.
+    pub endpoint: String,
+    /// Its name.
+    pub bucket: String,
+    /// What comes before a blob's name.
+    pub prefix: String,
+    /// None for a bucket that anybody may read.
+    pub keys: Option<Keys>,
+    /// How it is reached.
+    pub link: Link,
+}
+
+/// What it looks like in a log: nothing of its keys.
+impl std::fmt::Debug for BucketBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}://{}/{}/{}", self.scheme, self.endpoint, self.bucket, self.prefix)
+    }
+}
+
+/// Kinds of object stores.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Store {
+    /// Amazon S3, and what is like it.
+    S3 {
+        /// Where it is.
+        region: String,
+    },
+    /// Alibaba Cloud OSS.
+    Oss,
+}
+
+/// Who asks an object store.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Keys {
+    /// Access key id.
+    pub id: String,
+    /// Access key secret.
+    pub secret: String,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keys")
     }
 }
 

@@ -10,7 +10,7 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{Ahead, Auth, Backend, Mirror, Proxy, RegistryBackend};
+use super::{Ahead, Auth, Backend, BucketBackend, Keys, Link, Mirror, Proxy, RegistryBackend, Store};
 
 /// What a daemon's configuration says that matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub enum DaemonError {
     #[error("the daemon's configuration names no back end (neither device.backend.type nor backend.type)")]
     NoBackend,
     /// A back end that there is not here.
-    #[error("the daemon's configuration has the back end {0}; there are registry and localfs")]
+    #[error("the daemon's configuration has the back end {0}; there are registry, localfs, s3 and oss")]
     Backend(String),
     /// Something that a back end needs.
     #[error("the daemon's configuration has no {0}")]
@@ -129,6 +129,7 @@ fn backend_of(kind: &str, config: &mut Fields<'_>) -> Result<Backend, DaemonErro
     match kind {
         "localfs" => localfs(config),
         "registry" => registry(config).map(Backend::Registry),
+        "s3" | "oss" => bucket(kind, config).map(Backend::Bucket),
         other => Err(DaemonError::Backend(other.into())),
     }
 }
@@ -148,14 +149,10 @@ fn localfs(config: &mut Fields<'_>) -> Result<Backend, DaemonError> {
 
 fn registry(config: &mut Fields<'_>) -> Result<RegistryBackend, DaemonError> {
     let missing = |what: &str| DaemonError::Missing(format!("{what} of the registry back end"));
-    let scheme = config.text("scheme").unwrap_or_else(|| "https".into());
+    let scheme = scheme(config);
     let host = config.text("host").ok_or_else(|| missing("host"))?;
     let repo = config.text("repo").ok_or_else(|| missing("repo"))?;
     let mut found = RegistryBackend::new(&scheme, &host, &repo);
-    if scheme != "http" && scheme != "https" {
-        config.warn("scheme", "is neither http nor https: https is taken");
-        found.scheme = "https".into();
-    }
     if let Some(auth) = config.text("auth") {
         found.auth = Auth::from_base64(&auth);
         if found.auth.is_none() {
@@ -165,13 +162,7 @@ fn registry(config: &mut Fields<'_>) -> Result<RegistryBackend, DaemonError> {
     if let Some(token) = config.text("registry_token") {
         found.auth = found.auth.or(Some(Auth::Token(token)));
     }
-    found.skip_verify = config.flag("skip_verify").unwrap_or(false);
-    found.ca = config.text("ca_cert_file").or_else(|| config.text("ca_cert")).map(Into::into);
-    let seconds = |value: Option<u64>, or: u32| {
-        value.and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(or)
-    };
-    found.timeout_s = seconds(config.number("timeout"), found.timeout_s);
-    found.connect_timeout_s = seconds(config.number("connect_timeout"), found.connect_timeout_s);
+    found.link = link(config);
     config.each("mirrors", |mirror| {
         // How to watch its health is our own affair.
         mirror.ignore(&["ping_url", "health_check_interval", "failure_limit", "auth_through"]);
@@ -181,18 +172,66 @@ fn registry(config: &mut Fields<'_>) -> Result<RegistryBackend, DaemonError> {
             mirror.warn("host", "is missing: the mirror is left out");
         }
     });
-    let mut proxy = config.object("proxy");
-    proxy.ignore(&["ping_url", "check_interval", "check_pause_elapsed", "use_http"]);
-    let fallback = proxy.flag("fallback").unwrap_or(true);
-    found.proxy = proxy.text("url").map(|url| Proxy { url, fallback });
-    proxy.end();
     for redirect in ["blob_url_scheme", "blob_redirected_host"] {
         if config.text(redirect).is_some() {
             config.warn(redirect, "is left out: redirections are followed as the registry gives them");
         }
     }
-    config.ignore(&["retry_limit", "disable_token_refresh"]);
+    config.ignore(&["disable_token_refresh"]);
     Ok(found)
+}
+
+/// Nydus asks S3 by path (`endpoint/bucket/prefix`), OSS by the bucket's host name.
+fn bucket(kind: &str, config: &mut Fields<'_>) -> Result<BucketBackend, DaemonError> {
+    let missing = |what: &str| DaemonError::Missing(format!("{what} of the {kind} back end"));
+    let scheme = scheme(config);
+    let endpoint = config.text("endpoint");
+    let (store, endpoint) = if kind == "s3" {
+        let region = config.text("region").ok_or_else(|| missing("region"))?;
+        (Store::S3 { region }, endpoint.unwrap_or_else(|| "s3.amazonaws.com".into()))
+    } else {
+        (Store::Oss, endpoint.ok_or_else(|| missing("endpoint"))?)
+    };
+    let bucket = config.text("bucket_name").ok_or_else(|| missing("bucket_name"))?;
+    let prefix = config.text("object_prefix").unwrap_or_default();
+    let keys = match (config.text("access_key_id"), config.text("access_key_secret")) {
+        (Some(id), Some(secret)) => Some(Keys { id, secret }),
+        (None, None) => None,
+        (Some(_), None) => return Err(missing("access_key_secret")),
+        (None, Some(_)) => return Err(missing("access_key_id")),
+    };
+    let link = link(config);
+    Ok(BucketBackend { store, scheme, endpoint, bucket, prefix, keys, link })
+}
+
+fn scheme(config: &mut Fields<'_>) -> String {
+    match config.text("scheme") {
+        Some(scheme) if scheme == "http" || scheme == "https" => scheme,
+        Some(_) => {
+            config.warn("scheme", "is neither http nor https: https is taken");
+            "https".into()
+        }
+        None => "https".into(),
+    }
+}
+
+fn link(config: &mut Fields<'_>) -> Link {
+    let seconds = |value: Option<u64>, or: u32| {
+        value.and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(or)
+    };
+    let usual = Link::default();
+    let skip_verify = config.flag("skip_verify").unwrap_or(false);
+    let ca = config.text("ca_cert_file").or_else(|| config.text("ca_cert")).map(Into::into);
+    let timeout_s = seconds(config.number("timeout"), usual.timeout_s);
+    let connect_timeout_s = seconds(config.number("connect_timeout"), usual.connect_timeout_s);
+    // How often to try, and how to watch a proxy's health, is our own affair.
+    config.ignore(&["retry_limit"]);
+    let mut proxy = config.object("proxy");
+    proxy.ignore(&["ping_url", "check_interval", "check_pause_elapsed", "use_http"]);
+    let fallback = proxy.flag("fallback").unwrap_or(true);
+    let found = proxy.text("url").map(|url| Proxy { url, fallback });
+    proxy.end();
+    Link { skip_verify, ca, timeout_s, connect_timeout_s, proxy: found }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::config::nydusd::{Daemon, DaemonError};
 use crate::config::{Ahead, Backend};
 use crate::fetch::{Fetcher, IndexCell, OpenBlob};
 use crate::rafs::{BlobTable, ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
-use crate::source::RegistryError;
+use crate::source::HttpError;
 
 /// Why an image is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,7 @@ pub enum OpenError {
     NoBackend,
     /// The back end.
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Registry(#[from] HttpError),
     /// The cache.
     #[error("the cache file of blob {blob}")]
     Cache {

@@ -1,7 +1,9 @@
 //! Where the bytes of blobs come from.
 
 pub mod auth;
+mod bucket;
 mod folder;
+mod http;
 mod limit;
 mod registry;
 
@@ -12,8 +14,10 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+pub use bucket::Bucket;
+pub use http::HttpError;
 pub use limit::Limit;
-pub use registry::{Endpoint, Registry, RegistryError};
+pub use registry::{Endpoint, Registry};
 
 use crate::config::{Backend, Proxy, RegistryBackend};
 use crate::stats::Stats;
@@ -64,6 +68,7 @@ const MAX_READS: usize = 24;
 enum Kind {
     Folder(folder::Folder),
     Registry(Box<Registry>),
+    Bucket(Box<Bucket>),
 }
 
 /// A part of a blob.
@@ -91,6 +96,7 @@ impl Source {
             let read = match &self.kind {
                 Kind::Folder(folder) => folder.read(part).await.map(|bytes| (bytes, 1)),
                 Kind::Registry(registry) => registry.read(part, avoid).await,
+                Kind::Bucket(bucket) => bucket.read(part).await.map(|bytes| (bytes, 1)),
             };
             drop(place);
             match read {
@@ -119,7 +125,7 @@ impl Source {
     /// How many places it can read from.
     pub fn places(&self) -> usize {
         match &self.kind {
-            Kind::Folder(_) => 1,
+            Kind::Folder(_) | Kind::Bucket(_) => 1,
             Kind::Registry(registry) => registry.places(),
         }
     }
@@ -150,7 +156,7 @@ impl Sources {
     }
 
     /// The back end of a configuration.
-    pub fn get(&self, backend: &Backend) -> Result<Arc<Source>, RegistryError> {
+    pub fn get(&self, backend: &Backend) -> Result<Arc<Source>, HttpError> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(source) = known.get(backend).and_then(Weak::upgrade) {
             return Ok(source);
@@ -165,6 +171,7 @@ impl Sources {
                 let name = format!("{}://{}/{}", ruled.scheme, ruled.host, ruled.repo);
                 (name, Kind::Registry(Box::new(Registry::new(&ruled)?)))
             }
+            Backend::Bucket(asked) => (format!("{asked:?}"), Kind::Bucket(Box::new(Bucket::new(asked)?))),
         };
         let source = Arc::new(Source {
             number: self.next.fetch_add(1, Ordering::Relaxed),
@@ -188,14 +195,14 @@ impl Sources {
                 ruled.scheme = "http".into();
             }
             ruled.mirrors.splice(0..0, rule.mirrors.iter().cloned());
-            if ruled.ca.is_none() {
-                ruled.ca.clone_from(&rule.ca);
+            if ruled.link.ca.is_none() {
+                ruled.link.ca.clone_from(&rule.ca);
             }
             if ruled.auth.is_none() {
                 ruled.auth.clone_from(&rule.auth);
             }
-            if let (None, Some(url)) = (&ruled.proxy, &rule.proxy) {
-                ruled.proxy = Some(Proxy { url: url.clone(), fallback: false });
+            if let (None, Some(url)) = (&ruled.link.proxy, &rule.proxy) {
+                ruled.link.proxy = Some(Proxy { url: url.clone(), fallback: false });
             }
         }
         ruled

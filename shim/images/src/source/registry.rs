@@ -10,46 +10,16 @@ use std::time::Duration;
 use base64::Engine;
 use futures_util::StreamExt;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, RANGE, WWW_AUTHENTICATE};
-use reqwest::{Certificate, Client, Response, StatusCode, Url};
+use reqwest::{Response, StatusCode, Url};
 use tokio::time::Instant;
 
 use super::auth::{Challenge, Token};
+use super::http::{self, Http, HttpError};
 use super::{Part, SourceError};
 use crate::config::{Auth, RegistryBackend};
 
 /// Most bytes of a token service's answer.
 const MAX_TOKEN: usize = 64 << 10;
-
-/// Why a registry cannot even be asked.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// A file of certificates.
-    #[error("read the CA certificates in {path}")]
-    Ca {
-        /// Which.
-        path: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A URL.
-    #[error("{what} {url} is no URL for a registry")]
-    Url {
-        /// Whose.
-        what: &'static str,
-        /// It.
-        url: String,
-    },
-    /// The HTTP client.
-    #[error("set up HTTP for {host}")]
-    Client {
-        /// For which registry.
-        host: String,
-        /// Why not.
-        #[source]
-        source: reqwest::Error,
-    },
-}
 
 /// A place that has a registry's blobs.
 #[derive(Debug)]
@@ -73,9 +43,7 @@ struct State {
 /// A repository of a registry.
 #[derive(Debug)]
 pub struct Registry {
-    client: Client,
-    /// Without the proxy, where it may be gone around.
-    direct: Option<Client>,
+    http: Http,
     endpoints: Vec<Endpoint>,
     repo: String,
     auth: Option<Auth>,
@@ -83,33 +51,7 @@ pub struct Registry {
 
 impl Registry {
     /// A repository as its configuration says.
-    pub fn new(config: &RegistryBackend) -> Result<Self, RegistryError> {
-        let client = |proxy: Option<&str>| -> Result<Client, RegistryError> {
-            let failed = |source| RegistryError::Client { host: config.host.clone(), source };
-            let mut builder = Client::builder()
-                .connect_timeout(Duration::from_secs(config.connect_timeout_s.into()))
-                // Of silence, not of the whole: a slow link is no dead one.
-                .read_timeout(Duration::from_secs(config.timeout_s.into()))
-                .pool_max_idle_per_host(8)
-                .user_agent(concat!("ctvm/", env!("CARGO_PKG_VERSION")))
-                // What the environment of a service says is seldom meant for it.
-                .no_proxy();
-            if let Some(ca) = &config.ca {
-                let path = ca.display().to_string();
-                let pem = std::fs::read(ca).map_err(|source| RegistryError::Ca { path, source })?;
-                for certificate in Certificate::from_pem_bundle(&pem).map_err(failed)? {
-                    builder = builder.add_root_certificate(certificate);
-                }
-            }
-            if config.skip_verify {
-                log::warn!("{}: its certificate is not checked, as its configuration says", config.host);
-                builder = builder.danger_accept_invalid_certs(true);
-            }
-            if let Some(proxy) = proxy {
-                builder = builder.proxy(reqwest::Proxy::all(proxy).map_err(failed)?);
-            }
-            builder.build().map_err(failed)
-        };
+    pub fn new(config: &RegistryBackend) -> Result<Self, HttpError> {
         let mut endpoints = Vec::new();
         for mirror in &config.mirrors {
             let mut headers = HeaderMap::new();
@@ -122,10 +64,8 @@ impl Registry {
             endpoints.push(Endpoint::new("the mirror", &mirror.host, &config.scheme, headers)?);
         }
         endpoints.push(Endpoint::new("the registry", &config.host, &config.scheme, HeaderMap::new())?);
-        let proxy = config.proxy.as_ref();
         Ok(Self {
-            client: client(proxy.map(|proxy| proxy.url.as_str()))?,
-            direct: proxy.filter(|proxy| proxy.fallback).map(|_| client(None)).transpose()?,
+            http: Http::new(&config.host, &config.link)?,
             endpoints,
             repo: config.repo.clone(),
             auth: config.auth.clone(),
@@ -172,14 +112,9 @@ impl Registry {
     async fn read_from(&self, endpoint: &Endpoint, part: Part<'_>) -> Result<Vec<u8>, SourceError> {
         let Part { blob, offset, len } = part;
         let url = endpoint.url(&format!("v2/{}/blobs/sha256:{blob}", self.repo))?;
-        let range = format!("bytes={offset}-{}", offset + (len as u64).max(1) - 1);
+        let range = http::range(offset, len);
         let response = self.get(endpoint, &url, Some(&range)).await?;
-        let status = response.status();
-        let whole = status == StatusCode::OK && offset == 0 && response.content_length() == Some(len as u64);
-        if status != StatusCode::PARTIAL_CONTENT && !whole {
-            return Err(refused(endpoint, status, len));
-        }
-        body(endpoint, response, len).await
+        http::part(endpoint.base.as_str(), response, offset, len).await
     }
 
     /// A GET with whatever credentials the place turns out to want.
@@ -224,15 +159,7 @@ impl Registry {
         if let Some(value) = self.authorization(endpoint) {
             headers.insert(AUTHORIZATION, value);
         }
-        let sent = self.client.get(url.clone()).headers(headers.clone()).send().await;
-        let sent = match (sent, &self.direct) {
-            (Err(error), Some(direct)) if error.is_connect() => {
-                log::warn!("{}: {}; going around the proxy", endpoint.base, why(&error));
-                direct.get(url.clone()).headers(headers).send().await
-            }
-            (sent, _) => sent,
-        };
-        sent.map_err(|error| SourceError::Unavailable(format!("{}: {}", endpoint.base, why(&error))))
+        self.http.get(url, headers).await
     }
 
     fn authorization(&self, endpoint: &Endpoint) -> Option<HeaderValue> {
@@ -270,13 +197,14 @@ impl Registry {
                 query.append_pair("service", service);
             }
         }
-        let mut request = self.client.get(url);
+        let mut request = self.http.client.get(url);
         if let Some(Auth::Basic { user, password }) = &self.auth {
             request = request.basic_auth(user, Some(password));
         }
         let response = request.send().await;
-        let response = response
-            .map_err(|error| SourceError::Unavailable(format!("token service {realm}: {}", why(&error))))?;
+        let response = response.map_err(|error| {
+            SourceError::Unavailable(format!("token service {realm}: {}", http::why(&error)))
+        })?;
         if !response.status().is_success() {
             return Err(match response.status() {
                 status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
@@ -289,7 +217,7 @@ impl Registry {
         let mut stream = response.bytes_stream();
         while let Some(piece) = stream.next().await {
             let piece =
-                piece.map_err(|error| SourceError::Unavailable(format!("{realm}: {}", why(&error))))?;
+                piece.map_err(|error| SourceError::Unavailable(format!("{realm}: {}", http::why(&error))))?;
             if answer.len() + piece.len() > MAX_TOKEN {
                 return Err(broken("answers without end"));
             }
@@ -300,7 +228,7 @@ impl Registry {
 }
 
 impl Endpoint {
-    fn new(what: &'static str, host: &str, scheme: &str, headers: HeaderMap) -> Result<Self, RegistryError> {
+    fn new(what: &'static str, host: &str, scheme: &str, headers: HeaderMap) -> Result<Self, HttpError> {
         let mut url = if host.contains("://") { host.to_owned() } else { format!("{scheme}://{host}") };
         if !url.ends_with('/') {
             url.push('/');
@@ -309,7 +237,7 @@ impl Endpoint {
             Ok(base) if matches!(base.scheme(), "http" | "https") && base.has_host() => {
                 Ok(Self { base, headers, state: Mutex::default() })
             }
-            _ => Err(RegistryError::Url { what, url }),
+            _ => Err(HttpError::Url { what, url }),
         }
     }
 
@@ -337,63 +265,7 @@ impl Endpoint {
     }
 }
 
-async fn body(endpoint: &Endpoint, response: Response, len: usize) -> Result<Vec<u8>, SourceError> {
-    let mut bytes = Vec::with_capacity(len);
-    let mut stream = response.bytes_stream();
-    while let Some(piece) = stream.next().await {
-        let cut = |error| SourceError::Unavailable(format!("{}: {}", endpoint.base, why(&error)));
-        let piece = piece.map_err(cut)?;
-        if bytes.len() + piece.len() > len {
-            return Err(SourceError::Broken(format!(
-                "{} sends more than the {len} bytes asked for",
-                endpoint.base
-            )));
-        }
-        bytes.extend_from_slice(&piece);
-    }
-    if bytes.len() < len {
-        let got = bytes.len();
-        return Err(SourceError::Broken(format!(
-            "{} sends {got} bytes of the {len} asked for: the blob is truncated",
-            endpoint.base
-        )));
-    }
-    Ok(bytes)
-}
-
-fn refused(endpoint: &Endpoint, status: StatusCode, len: usize) -> SourceError {
-    let place = endpoint.base.to_string();
-    match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-            SourceError::Forbidden(format!("{place} ({status})"))
-        }
-        StatusCode::NOT_FOUND | StatusCode::GONE => SourceError::Missing(format!("{place} ({status})")),
-        StatusCode::RANGE_NOT_SATISFIABLE => {
-            SourceError::Broken(format!("{place} ({status}): the blob is shorter than it shall be"))
-        }
-        StatusCode::OK => {
-            SourceError::Broken(format!("{place} does not serve ranges: {len} bytes were asked for"))
-        }
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => {
-            SourceError::Unavailable(format!("{place} ({status})"))
-        }
-        _ if status.is_server_error() => SourceError::Unavailable(format!("{place} ({status})")),
-        _ => SourceError::Broken(format!("{place} ({status})")),
-    }
-}
-
 fn basic(user: &str, password: &str) -> String {
     let both = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
     format!("Basic {both}")
-}
-
-/// An error with its causes, without the URL (it is told already, and may have a token in it).
-fn why(error: &reqwest::Error) -> String {
-    let mut text = Vec::new();
-    let mut next: Option<&dyn std::error::Error> = std::error::Error::source(error);
-    while let Some(cause) = next {
-        text.push(cause.to_string());
-        next = cause.source();
-    }
-    if text.is_empty() { "the connection failed".into() } else { text.join(": ") }
 }

@@ -1,5 +1,6 @@
 //! The image service from the outside: images made by the converter, read as a VMM reads them.
 
+mod bucket;
 mod client;
 mod converted;
 mod crash;

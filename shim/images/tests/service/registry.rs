@@ -10,6 +10,8 @@ use std::time::Duration;
 use base64::Engine;
 use sha2::{Digest, Sha256};
 
+use crate::bucket::Objects;
+
 /// What it wants of those who ask.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Wants {
@@ -30,6 +32,8 @@ pub struct State {
     /// By "repository:reference".
     pub manifests: BTreeMap<String, (String, Vec<u8>)>,
     pub wants: Wants,
+    /// It is an object store in place of a registry.
+    pub objects: Option<Objects>,
     /// Connections end without an answer.
     pub down: bool,
     /// Every answer's status is this.
@@ -127,10 +131,10 @@ impl Drop for Registry {
     }
 }
 
-struct Request {
+pub struct Request {
     method: String,
-    path: String,
-    headers: BTreeMap<String, String>,
+    pub path: String,
+    pub headers: BTreeMap<String, String>,
     body: Vec<u8>,
 }
 
@@ -224,6 +228,12 @@ impl State {
     fn answer(&mut self, address: SocketAddr, request: &Request) -> Answer {
         if let Some(status) = self.status {
             return Answer::new(status);
+        }
+        if let Some(object) = &self.objects {
+            return match object.strip(request) {
+                Ok(digest) => self.blob(&digest, request),
+                Err(status) => Answer::new(status),
+            };
         }
         let credentials = request.headers.get("authorization").cloned().unwrap_or_default();
         if request.path.starts_with("/token") {
