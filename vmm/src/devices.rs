@@ -9,6 +9,7 @@
 //! way ([`make`]).
 
 mod blocks;
+mod device;
 mod error;
 mod images;
 mod make;
@@ -17,19 +18,15 @@ mod window;
 mod worker;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use imagefs::FileServer;
-use imagefs::image::ImageDisk;
 pub use images::ChannelError as ImageChannelError;
 use virtio::balloon::Balloon;
-use virtio::blk::Blk;
 use virtio::console::Console;
 use virtio::device::VirtioDevice;
-use virtio::fs::Fs;
 use virtio::mem::{Mem, MemConfig};
 use virtio::mmio::MmioTransport;
-use virtio::net::Net;
 use virtio::rng::Rng;
 use virtio::vsock::{Vsock, VsockEvent};
 use vmm_api::config::{MAX_DISKS, MAX_NETS, MAX_SHARES};
@@ -45,97 +42,16 @@ use crate::memory::{GivesBack, GuestRam, Hotplug};
 use crate::upcall::{self, DevicePlace};
 use crate::vcpu::Ends;
 use crate::vm::change::Gone;
+use device::{Bystanders, Device, Shared, lock, unwatch, watch, with};
 pub use error::DeviceError;
 pub use make::Host;
 use make::{At, Slot};
 use window::Window;
 use worker::Worker;
 
-/// A device with its transport.
-type Shared<D> = Arc<Mutex<MmioTransport<D>>>;
-
-/// What a device is.
-#[derive(Debug, Clone)]
-enum Device {
-    Blk(Shared<Blk>),
-    Image(Shared<ImageDisk>),
-    Net(Shared<Net>),
-    Vsock(Shared<Vsock>),
-    Fs(Shared<Fs>),
-    Console(Shared<Console>),
-    Rng(Shared<Rng>),
-    Balloon(Shared<Balloon>),
-    Mem(Shared<Mem>),
-}
-
 /// Names a device for as long as the VM lives: what was its slot may be another's later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceKey(pub u64);
-
-/// Does the same with whatever device it is.
-macro_rules! with {
-    ($device:expr, |$transport:ident| $body:expr) => {
-        match $device {
-            Device::Blk(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Image(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Net(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Vsock(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Fs(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Console(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Rng(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Balloon(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-            Device::Mem(shared) => {
-                let $transport = &mut *lock(shared);
-                $body
-            }
-        }
-    };
-}
-use with;
-
-/// Devices that are to stand still while a block of memory goes: all but the memory device, which takes it away.
-type Bystanders = Arc<Mutex<Vec<Device>>>;
-
-/// Does `task` while nothing holds a slice of guest memory on behalf of `devices`: their transports are locked, and their
-/// threads wait between two requests. False if one would not in time; then `task` was not done.
-fn while_still(devices: &[Device], task: &mut dyn FnMut()) -> bool {
-    let Some((first, others)) = devices.split_first() else {
-        task();
-        return true;
-    };
-    with!(first, |transport| transport
-        .device_mut()
-        .while_still(|| while_still(others, task))
-        .unwrap_or(false))
-}
-
-fn lock<D: VirtioDevice>(shared: &Shared<D>) -> MutexGuard<'_, MmioTransport<D>> {
-    shared.lock().expect("a panic ends the process before anyone else takes the lock")
-}
 
 /// All devices, by slot.
 #[derive(Debug)]
@@ -504,30 +420,4 @@ impl Devices {
     pub fn metrics(&self) -> impl Iterator<Item = (&str, Vec<(&'static str, u64)>)> {
         self.slots().map(|slot| (slot.at.name.as_str(), with!(&slot.device, |transport| transport.metrics())))
     }
-}
-
-/// Has the main loop wait for what concerns a device.
-fn watch(events: &EventLoop, slot: &Slot) -> io::Result<()> {
-    let index = slot.at.slot;
-    with!(&slot.device, |transport| {
-        for (queue, kick) in (0u16..).zip(transport.kicks()).filter(|_| !transport.has_own_threads()) {
-            events.add(kick, Token::Queue { slot: index, queue })?;
-        }
-        if let Some(backend) = transport.backend() {
-            events.add(&backend, Token::Backend { slot: index })?;
-        }
-        Ok(())
-    })
-}
-
-/// The contrary.
-fn unwatch(events: &EventLoop, slot: &Slot) -> io::Result<()> {
-    with!(&slot.device, |transport| {
-        let kicks = transport.kicks().iter().filter(|_| !transport.has_own_threads());
-        let kicks = kicks.map(|kick| events.remove(kick)).fold(Ok(()), Result::and);
-        match transport.backend() {
-            Some(backend) => kicks.and(events.remove(&backend)),
-            None => kicks,
-        }
-    })
 }

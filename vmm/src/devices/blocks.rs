@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use virtio::mem::MemBackend;
 
-use super::{Bystanders, while_still};
+use super::device::{Bystanders, while_still};
 use crate::memory::Hotplug;
 
 /// The host's side of the memory device.

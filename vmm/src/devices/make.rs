@@ -16,7 +16,8 @@ use virtio::vsock::Vsock;
 use vmm_api::DeviceName;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, DeviceError, DeviceKey, Shared, lock, threads, with};
+use super::device::{Device, Shared, lock, with};
+use super::{DeviceError, DeviceKey, threads};
 use crate::arch::x86_64::layout;
 use crate::bus::BusDevice;
 use crate::config;
