@@ -526,6 +526,37 @@ fn free_space_is_told() {
     assert_eq!((root.blocks, root.namelen), (0, 255));
 }
 
+/// As an overlay of the guest copies a file up: capabilities, mode, owner. See `share/copy_up.rs`.
+#[test]
+fn a_copy_of_an_overlay_keeps_set_id_bits_and_capabilities_and_nothing_else_does() {
+    if !is_root() {
+        return eprintln!("skipped: only root may change owners");
+    }
+    // `cap_net_bind_service=ep`, version 2.
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let dir = tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("work/work")).unwrap();
+    for layer in [true, false] {
+        let (client, m) = Client::of(dir.path(), MountOptions { layer, ..MountOptions::default() });
+        let work = client.walk(m, "work/work").unwrap().nodeid;
+        for (parent, name, kept) in [(work, "#a1", layer), (work, "b1", false), (m, "#a1", false)] {
+            let (entry, handle) = client.create(parent, name, 0o600, libc::O_WRONLY).unwrap();
+            let file = entry.nodeid;
+            client.release(handle).unwrap();
+            client.setxattr(file, "security.capability", &capability).unwrap();
+            client.chmod(file, 0o6755).unwrap();
+            let owner = fattr::UID | fattr::GID;
+            let set = SetattrIn { valid: owner, uid: 7, gid: 8, ..SetattrIn::default() };
+            let attr = client.setattr(file, &set).unwrap();
+            assert_eq!((attr.uid, attr.gid), (7, 8));
+            assert_eq!(attr.mode & 0o7777, if kept { 0o6755 } else { 0o755 }, "{name} in a layer: {layer}");
+            let found = client.getxattr(file, "security.capability", 64);
+            assert_eq!(found.is_ok_and(|found| found == capability), kept, "{name} in a layer: {layer}");
+            client.unlink(parent, name).unwrap();
+        }
+    }
+}
+
 #[test]
 fn caches_count_as_long_as_the_mount_says() {
     let dir = tempdir().unwrap();

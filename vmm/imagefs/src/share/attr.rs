@@ -18,7 +18,7 @@ const SET_UID: u32 = 0o4000;
 const SET_GID: u32 = 0o2000;
 const GROUP_EXECUTE: u32 = 0o010;
 /// All permission bits.
-const PERMISSIONS: u32 = 0o7777;
+pub(super) const PERMISSIONS: u32 = 0o7777;
 
 /// What `stat` tells of a file.
 #[derive(Debug, Clone, Copy)]
@@ -106,9 +106,12 @@ impl Share {
         Ok((attr, cache.attr_lifetime(attr.mode)))
     }
 
-    /// Changes attributes: size, then owner (which clears set-id bits, as the host's kernel does), mode, times.
+    /// Changes attributes: size, then owner (which clears set-id bits, as the host's kernel does, save those of a file that is being
+    /// copied up), mode, times.
     pub fn set_attr(&self, node: u64, set: &SetAttr) -> Result<(Attr, Duration)> {
         let target = self.writable(node)?;
+        let clears = set.size.is_some() || set.uid.is_some() || set.gid.is_some();
+        let kept = if clears { self.kept_of_copy(&target)? } else { None };
         if let Some(size) = set.size {
             self.truncate(node, &target, set, size)?;
         }
@@ -116,7 +119,9 @@ impl Share {
             let none = |id: u32| id != u32::MAX;
             let uid = set.uid.filter(|&id| none(id)).map(Uid::from_raw);
             let gid = set.gid.filter(|&id| none(id)).map(Gid::from_raw);
+            let kept = self.kept_of_copy(&target)?;
             rustix::fs::chownat(&*target, c"", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
+            kept.map_or(Ok(()), |kept| self.give_back(&target, &kept))?;
         }
         if let Some(mode) = set.mode {
             self.set_mode(&target, mode & PERMISSIONS)?;
@@ -234,7 +239,7 @@ impl Share {
         }
     }
 
-    fn set_mode(&self, file: &impl AsFd, mode: u32) -> Result<()> {
+    pub(super) fn set_mode(&self, file: &impl AsFd, mode: u32) -> Result<()> {
         let path = Number::of(file);
         rustix::fs::chmodat(&self.descriptors, path.as_str(), Mode::from_raw_mode(mode), AtFlags::empty())
     }

@@ -15,6 +15,7 @@
 //! This module knows no FUSE message; `fuse` decodes, calls, encodes.
 
 mod attr;
+mod copy_up;
 mod create;
 mod dir;
 mod file;
