@@ -12,7 +12,7 @@ use crate::cache::{Cache, CacheFile, Failure, Flight, Landed, Pilot, blocking};
 use crate::codec::{Compressor, decompress};
 use crate::rafs::blob_meta::Index;
 use crate::rafs::{BlobTable, Chunk, Stored};
-use crate::source::{Part, Source};
+use crate::source::{Part, Source, SourceError};
 use crate::stats::Stats;
 use crate::zran;
 
@@ -112,6 +112,8 @@ struct Attempt {
     avoid: usize,
     /// The cache was emptied of what nobody uses.
     made_room: bool,
+    /// The bytes were wrong before, and are asked for a second time.
+    again: bool,
 }
 
 impl OpenBlob {
@@ -246,16 +248,18 @@ impl OpenBlob {
         why: Why,
         index: Option<Arc<Index>>,
     ) {
-        let landed = self.bring(&run, why, index.as_ref(), Attempt::default()).await;
-        // One bad chunk must not be its neighbours' misfortune.
-        let mut landed = landed.into_iter();
+        // One bad chunk must not be its neighbours' misfortune: of many, each gets its second chance by itself.
+        let apart = run.chunks.len() > 1 && index.is_none();
+        let first = Attempt { again: apart, ..Attempt::default() };
+        let mut landed = self.bring(&run, why, index.as_ref(), first).await.into_iter();
         for (at, pilot) in pilots {
             let mut end = landed.next().unwrap_or_else(|| Err(Failure::bad("the read brought too little")));
-            if end.is_err() && run.chunks.len() > 1 && index.is_none() {
+            if apart && matches!(end, Err(Failure::Bad(_) | Failure::NoSpace)) {
                 let chunk = &self.table.chunks[at];
                 let (start, stop) = (chunk.stored_offset, chunk.stored_offset + u64::from(chunk.stored_size));
                 let alone = Run { chunks: vec![at], start, end: stop };
-                end = self.bring(&alone, why, None, Attempt::default()).await.pop().unwrap_or(end);
+                let second = Attempt { again: true, ..Attempt::default() };
+                end = self.bring(&alone, why, None, second).await.pop().unwrap_or(end);
             }
             if let Err(failure) = &end {
                 let chunk = &self.table.chunks[at];
@@ -293,17 +297,28 @@ impl OpenBlob {
         let part = Part { blob: &self.table.id, offset: run.start, len };
         let (read, place) = match self.source.read(part, attempt.avoid).await {
             Ok(read) => read,
-            Err(error) => return all(Failure::bad(error)),
+            Err(error @ SourceError::Broken(_)) => return all(Failure::bad(error)),
+            Err(error) => return all(Failure::denied(error)),
         };
         let (blob, chunks, start, index_too) =
             (Arc::clone(self), run.chunks.clone(), run.start, index.cloned());
         let landed: Vec<Landed> =
             blocking(move || blob.store(&chunks, start, &read, index_too.as_deref(), why)).await;
-        let bad = |end: &Landed| matches!(end, Err(Failure::Bad(_)));
-        if place < self.source.places() && landed.iter().any(bad) {
-            // A mirror with wrong bytes is not the end: the next place may have the right ones.
-            log::warn!("blob {} at {}: wrong bytes; trying the next place", self.table.id, run.start);
-            return Box::pin(self.bring(run, why, index, Attempt { avoid: place, ..attempt })).await;
+        if landed.iter().any(|end| matches!(end, Err(Failure::Bad(_)))) {
+            // A mirror with wrong bytes is not the end: the next place may have the right ones. And what was changed on its way
+            // from the last one may come unchanged the next time.
+            let next = if place < self.source.places() {
+                Some(Attempt { avoid: place, ..attempt })
+            } else if !attempt.again {
+                Some(Attempt { avoid: place - 1, again: true, ..attempt })
+            } else {
+                None
+            };
+            if let Some(next) = next {
+                let (blob, offset) = (&self.table.id, run.start);
+                log::warn!("blob {blob} at {offset} from {}: wrong bytes; asking again", self.source.name);
+                return Box::pin(self.bring(run, why, index, next)).await;
+            }
         }
         if !attempt.made_room && landed.iter().any(|end| matches!(end, Err(Failure::NoSpace))) {
             self.fetcher.cache.evict(0).await;
@@ -393,7 +408,7 @@ impl OpenBlob {
                 failure
             };
             let len = usize::try_from(zran.blob_size).map_err(Failure::bad)?;
-            let mut avoid = 0;
+            let (mut avoid, mut again) = (0, false);
             loop {
                 let part = Part { blob: &zran.blob, offset: 0, len };
                 let read = self.source.read(part, avoid).await;
@@ -402,6 +417,7 @@ impl OpenBlob {
                 match blocking(move || Index::open(&table, &read)).await {
                     Ok(index) => return Ok(Arc::new(index)),
                     Err(_) if place < self.source.places() => avoid = place,
+                    Err(_) if !again => (avoid, again) = (place - 1, true),
                     Err(error) => return Err(broken(Failure::bad(error))),
                 }
             }

@@ -8,8 +8,10 @@ use tokio::sync::watch;
 /// Why a chunk did not come. Cheap to copy: all that wait get it.
 #[derive(Debug, Clone)]
 pub enum Failure {
-    /// Broken, missing, tampered or forbidden.
+    /// Broken or tampered.
     Bad(Arc<str>),
+    /// Not to be had at all: missing, forbidden, or away for too long.
+    Denied(Arc<str>),
     /// No room in the cache.
     NoSpace,
 }
@@ -19,12 +21,17 @@ impl Failure {
     pub fn bad(cause: impl std::fmt::Display) -> Self {
         Failure::Bad(cause.to_string().into())
     }
+
+    /// The same for what cannot be had.
+    pub fn denied(cause: impl std::fmt::Display) -> Self {
+        Failure::Denied(cause.to_string().into())
+    }
 }
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Failure::Bad(cause) => f.write_str(cause),
+            Failure::Bad(cause) | Failure::Denied(cause) => f.write_str(cause),
             Failure::NoSpace => f.write_str("no room in the cache"),
         }
     }

@@ -120,7 +120,7 @@ async fn answer(image: &OpenImage, fetch: Fetch) -> Result<(), Errno> {
     image.fetcher.stats.waited(began.elapsed(), landed.is_ok());
     landed.map_err(|failure| {
         let (errno, word) = match failure {
-            Failure::Bad(_) => (Errno::IO, "EIO"),
+            Failure::Bad(_) | Failure::Denied(_) => (Errno::IO, "EIO"),
             Failure::NoSpace => (Errno::NOSPC, "ENOSPC"),
         };
         let Fetch { first, blocks, .. } = fetch;

@@ -40,6 +40,8 @@ pub struct State {
     pub status: Option<u16>,
     /// Blobs are given with every byte of this range wrong.
     pub tampered: bool,
+    /// So are the next so many.
+    pub tampered_once: u32,
     /// Blobs end there.
     pub cut: Option<usize>,
     pub latency: Duration,
@@ -273,7 +275,9 @@ impl State {
 
     fn blob(&mut self, digest: &str, request: &Request) -> Answer {
         let Some(mut bytes) = self.blobs.get(digest).cloned() else { return Answer::new(404) };
-        if self.tampered {
+        let once = self.tampered_once > 0;
+        self.tampered_once -= u32::from(once);
+        if self.tampered || once {
             bytes.iter_mut().for_each(|byte| *byte ^= 0x40);
         }
         bytes.truncate(self.cut.unwrap_or(usize::MAX));

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::registry::{Registry, Wants};
-use crate::sample::{Running, Sample};
+use crate::sample::{Running, Sample, until};
 
 const EIO: u32 = 5;
 
@@ -138,6 +138,52 @@ fn a_registry_that_stays_away_is_an_error_in_time() {
     let started = Instant::now();
     assert_eq!(client.fetch(0, 0, 1), EIO);
     assert!(started.elapsed() < Duration::from_secs(6), "patience is 2 s: {:?}", started.elapsed());
+}
+
+#[test]
+fn a_registry_that_stays_away_is_one_error_for_neighbours() {
+    let sample = Sample::new();
+    let built = sample.build_v6();
+    let registry = Registry::with_blobs(&sample.blobs());
+    registry.state().down = true;
+    let running = Running::with("[fetch]\nread_ahead_kib = 0\nprefetch = false\npatience_s = 2");
+    let client = running.open(&built.bootstrap, &registry.config(""));
+    let started = Instant::now();
+    assert_eq!(client.fetch(0, 0, 256), EIO, "16 chunks in one read");
+    assert!(started.elapsed() < Duration::from_secs(6), "patience is 2 s: {:?}", started.elapsed());
+}
+
+#[test]
+fn wrong_bytes_are_asked_for_again_once() {
+    let sample = Sample::new();
+    let built = sample.build_v6();
+    let registry = Registry::with_blobs(&sample.blobs());
+    let running = Running::with("[fetch]\nread_ahead_kib = 0\nprefetch = false");
+    let client = running.open(&built.bootstrap, &registry.config(""));
+    let asked = || registry.state().log.len();
+    registry.state().tampered_once = 1;
+    assert_eq!(client.fetch(0, 0, 1), 0, "changed on its way, and not the second time");
+    assert_eq!((asked(), running.stats().tampered), (2, 1));
+    registry.state().tampered_once = 2;
+    assert_eq!(client.fetch(0, 16, 1), EIO, "wrong twice");
+    assert_eq!((asked(), running.stats().tampered), (4, 3));
+    // Four chunks in one read: each is asked for again by itself.
+    registry.state().tampered_once = 2;
+    assert_eq!(client.fetch(0, 64, 64), EIO, "one of four is wrong twice");
+    // 16 blocks of the first, and three of these chunks.
+    until("the others to come", || (asked(), client.ready(0)) == (9, 16 * 4));
+    sample.compare(&built.bootstrap, &client);
+}
+
+#[test]
+fn a_zran_index_that_is_changed_on_its_way_is_asked_for_again() {
+    let sample = Sample::new();
+    let built = sample.build_zran();
+    let registry = Registry::with_blobs(&sample.blobs());
+    let running = Running::with("[fetch]\nread_ahead_kib = 0\nprefetch = false");
+    let client = running.open(&built.bootstrap, &registry.config(""));
+    registry.state().tampered_once = 1;
+    assert_eq!(client.fetch(0, 0, 1), 0);
 }
 
 #[test]
