@@ -123,6 +123,13 @@ impl Cache {
         fits()
     }
 
+    /// Brings the cache back to its limit, where what is over it is not used any more.
+    pub async fn trim(self: &Arc<Self>) {
+        if self.used.load(Ordering::Relaxed) > self.limits.max_bytes {
+            self.evict(self.limits.max_bytes).await;
+        }
+    }
+
     /// Notes that `bytes` were written.
     pub fn wrote(&self, bytes: u64) {
         self.used.fetch_add(bytes, Ordering::Relaxed);

@@ -30,6 +30,9 @@ use socket::Listener;
 /// Name of the socket below the root that counters are read from.
 pub const STAT_SOCKET: &str = "stat.sock";
 
+/// How often a cache that is over its limit is looked at: VMs end, and nobody tells when their files are free.
+const TRIM: Duration = Duration::from_secs(5);
+
 /// How long closing all images may take at the end.
 const CLOSE: Duration = Duration::from_secs(20);
 
@@ -134,6 +137,7 @@ impl Service {
         log::info!("image service: cache {}, socket {}", self.root.display(), socket.display());
         let mut connections = JoinSet::new();
         let (closing, _) = watch::channel(false);
+        let mut trim = tokio::time::interval(TRIM);
         tokio::pin!(stop);
         loop {
             tokio::select! {
@@ -154,6 +158,10 @@ impl Service {
                         let _ = stream.write_all(&answer).await; // whoever asked has gone
                     });
                 },
+                _ = trim.tick() => {
+                    let cache = Arc::clone(&self.fetcher.cache);
+                    connections.spawn(async move { cache.trim().await });
+                }
                 Some(_) = connections.join_next() => {}
             }
         }

@@ -45,6 +45,19 @@ fn what_vms_use_may_be_more_than_the_limit() {
 }
 
 #[test]
+fn what_was_over_the_limit_goes_when_its_vms_have_ended() {
+    let sample = Sample::new();
+    let built = sample.build_v6();
+    let running = Running::with("[cache]\nmax_mib = 1\nmin_free_mib = 0\n[fetch]\nprefetch = false");
+    let client = running.open(&built.bootstrap, &folder_config(&sample.blobs()));
+    assert_eq!(client.fetch_all(), 0);
+    assert!(running.stats().cache_bytes > 1 << 20, "it is in use");
+    drop(client);
+    crate::sample::until("a cache within its limit", || running.stats().cache_bytes <= 1 << 20);
+    assert_eq!(cache_files(&running.cache(), &built.blobs[0]).len(), 0);
+}
+
+#[test]
 fn a_disk_that_shall_stay_free_is_an_error_of_its_own() {
     let sample = Sample::new();
     let built = sample.build_v6();
