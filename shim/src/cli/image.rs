@@ -24,6 +24,8 @@ pub enum Image {
     Stat(Rest),
     /// Serve image chunks to the VMs of this node
     Serve(Rest),
+    /// Verify every chunk in the node's cache
+    Scrub(Rest),
 }
 
 /// What is handed over as it is.
@@ -46,6 +48,7 @@ pub fn run(image: Image) -> Failure {
         Image::Check(rest) => become_("ctvm-convert", Some("check"), rest),
         Image::Stat(rest) => become_("ctvm-images", Some("stat"), rest),
         Image::Serve(rest) => become_("ctvm-images", Some("serve"), rest),
+        Image::Scrub(rest) => become_("ctvm-images", Some("scrub"), rest),
     }
 }
 

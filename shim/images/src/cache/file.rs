@@ -3,7 +3,7 @@
 //! ```text
 //! blobs/<id>/<n>/data    the blob's bytes, sparse, and the ready map (vmm_api::image)
 //!                chunks  what was verified with which digest (table.rs); replaced as a whole
-//!                boot    the boot in which data was last written, or `clean`
+//!                boot    the boot in which data was last written, `clean`, or `suspect` (scrub.rs found a chunk wrong)
 //!                used    empty; its time is that of the last use
 //! ```
 //!
@@ -27,6 +27,7 @@ use crate::rafs::BlobTable;
 use crate::table::{Contradiction, Table};
 
 const CLEAN: &str = "clean";
+const SUSPECT: &str = "suspect";
 
 /// One cache file. Whoever holds it keeps it in the cache.
 #[derive(Debug)]
@@ -166,7 +167,7 @@ impl CacheFile {
         let mut state = self.lock();
         if !state.dirty {
             // On the disk before any bit can be.
-            replace(&self.folder, "boot", self.boot.as_bytes()).map_err(FileError::into_io)?;
+            self.leave_clean().map_err(FileError::into_io)?;
             state.dirty = true;
         }
         state.writes += 1;
@@ -186,9 +187,20 @@ impl CacheFile {
             return;
         }
         let mut state = self.lock();
-        if state.writes == writes && replace(&self.folder, "boot", CLEAN.as_bytes()).is_ok() {
+        if state.writes == writes
+            && !is_suspect(&self.folder)
+            && replace(&self.folder, "boot", CLEAN.as_bytes()).is_ok()
+        {
             state.dirty = false;
         }
+    }
+
+    /// Notes that the file is not clean; a suspect one stays that.
+    fn leave_clean(&self) -> Result<(), FileError> {
+        if is_suspect(&self.folder) {
+            return Ok(());
+        }
+        replace(&self.folder, "boot", self.boot.as_bytes())
     }
 
     /// Notes the time of use, by which eviction chooses.
@@ -226,20 +238,34 @@ fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), FileError> {
     })
 }
 
-/// Drops the chunks whose bytes are not what they were verified to be.
-fn verify(data: &File, table: &mut Table, folder: &Path) {
+/// Has the file verified when it is next opened. Blocks.
+pub(super) fn mark_suspect(folder: &Path) -> io::Result<()> {
+    replace(folder, "boot", SUSPECT.as_bytes()).map_err(FileError::into_io)
+}
+
+fn is_suspect(folder: &Path) -> bool {
+    fs::read(folder.join("boot")).is_ok_and(|boot| boot == SUSPECT.as_bytes())
+}
+
+/// Offsets of the chunks that are there and are not what was verified. Blocks.
+pub(super) fn wrong_chunks(data: &File, table: &Table) -> Vec<u64> {
     let mut buffer = Vec::new();
-    let mut lost = Vec::new();
-    let mut count = 0;
+    let mut wrong = Vec::new();
     for (offset, size, digester, digest) in table.done() {
-        count += 1;
         buffer.resize(size as usize, 0);
         let read = data.read_exact_at(&mut buffer, offset);
         if read.is_err() || digester.digest(&buffer) != digest {
-            lost.push(offset);
+            wrong.push(offset);
         }
     }
-    table.drop_chunks(&lost);
-    let lost = lost.len();
-    log::info!("{}: not left clean: {count} chunks verified, {lost} dropped", folder.display());
+    wrong
+}
+
+/// Drops the chunks whose bytes are not what they were verified to be.
+fn verify(data: &File, table: &mut Table, folder: &Path) {
+    let count = table.done().count();
+    let wrong = wrong_chunks(data, table);
+    table.drop_chunks(&wrong);
+    let dropped = wrong.len();
+    log::info!("{}: not left clean: {count} chunks verified, {dropped} dropped", folder.display());
 }

@@ -2,6 +2,7 @@
 
 mod file;
 mod flight;
+mod scrub;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,6 +18,7 @@ use tokio::sync::Mutex;
 
 pub use file::{CacheFile, FileError};
 pub use flight::{Failure, Flight, Landed, Pilot};
+pub use scrub::{Scrubbed, scrub};
 
 use crate::rafs::BlobTable;
 use crate::table::Contradiction;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use images::cache::scrub;
 use tempfile::TempDir;
 use vmm_api::image::{Fetch, ready_map_offset};
 
@@ -146,6 +147,33 @@ fn after_a_power_loss_nothing_is_believed_unseen() {
     let wanted: Vec<u64> = (0..16).chain(32..64).collect();
     assert_eq!(ready, wanted, "a chunk lost, those of the bits without bytes dropped");
     sample.compare(&built.bootstrap, &client);
+}
+
+#[test]
+fn a_chunk_that_changed_on_the_disk_is_found_and_not_read_by_the_next() {
+    let sample = Sample::new();
+    let built = sample.build_v6();
+    let config = folder_config(&sample.blobs());
+    let running = Running::with("[fetch]\nread_ahead_kib = 0\nprefetch = false");
+    let client = running.open(&built.bootstrap, &config);
+    assert_eq!(client.fetch(0, 0, 64), 0);
+    let fine = scrub(&running.cache()).expect("looked at");
+    assert_eq!((fine.files, fine.chunks, fine.wrong.len()), (1, 4, 0));
+    let data = cache_files(&running.cache(), &built.blobs[0]).remove(0);
+    let file = fs::OpenOptions::new().write(true).open(&data).expect("the cache file");
+    file.write_all_at(&[0xaa], 20 * 4096 + 5).expect("written");
+    let found = scrub(&running.cache()).expect("looked at");
+    let folder = data.parent().expect("a folder").to_owned();
+    assert_eq!(found.wrong, [(folder, 16 * 4096)]);
+    // Written to and closed, it stays suspect.
+    assert_eq!(client.fetch(0, 64, 1), 0);
+    drop(client);
+    running.closed();
+    assert_eq!(fs::read_to_string(data.with_file_name("boot")).expect("read"), "suspect");
+    let client = running.open(&built.bootstrap, &config);
+    assert!(!client.is_ready(0, 20) && client.is_ready(0, 64), "only what is wrong is dropped");
+    sample.compare(&built.bootstrap, &client);
+    assert_eq!(scrub(&running.cache()).expect("looked at").wrong.len(), 0);
 }
 
 #[test]
