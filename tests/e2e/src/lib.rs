@@ -7,7 +7,9 @@
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod image_reader;
 pub mod image_service;
+pub mod link;
 pub mod loop_device;
 pub mod netns;
 pub mod node;
@@ -17,15 +19,18 @@ pub mod small_fs;
 pub mod tap;
 pub mod tiny;
 pub mod vm;
+pub mod wire;
 
 pub use census::Census;
 pub use command::{Finished, run, run_with_input};
 pub use containerd::{Containerd, Setup};
+pub use link::Link;
 pub use loop_device::LoopDevice;
 pub use netns::Netns;
 pub use service::Service;
 pub use small_fs::SmallFs;
 pub use tap::Tap;
+pub use wire::Wire;
 
 /// Where the product's binaries are in the lab machine.
 pub const BIN: &str = "/opt/ctvm/bin";

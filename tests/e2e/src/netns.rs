@@ -32,6 +32,13 @@ impl Netns {
         format!("network:{}", self.path().display())
     }
 
+    /// A command that runs in it.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name, program]);
+        command
+    }
+
     /// Runs a command in it, and gives its output.
     pub fn run(&self, command: &str) -> Result<String> {
         let words = ["netns", "exec", &self.name].into_iter().chain(command.split(' '));

@@ -1,6 +1,6 @@
 //! What a node with Nydus images has beside containerd: a registry, the image service and the snapshotter, all of them real.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -24,23 +24,40 @@ pub fn program(name: &str) -> Command {
     Command::new(Path::new(BIN).join(name))
 }
 
-/// Debian's `docker-registry`, with its store in `folder`.
+/// Debian's `docker-registry` where nodes look for it, with its store in `folder`.
 pub fn registry(folder: &Path) -> Result<Service> {
-    let (config, store) = (folder.join("registry.yml"), folder.join("registry"));
-    let storage = format!("{{filesystem: {{rootdirectory: {}}}}}", store.display());
-    let text =
-        format!("version: 0.1\nlog: {{level: warn}}\nstorage: {storage}\nhttp: {{addr: {REGISTRY}}}\n");
-    fs::write(&config, text)?;
-    let mut serve = Command::new("docker-registry");
-    serve.arg("serve").arg(config).stdout(Stdio::null()).stderr(Stdio::null());
-    Service::start(&mut serve, || TcpStream::connect(REGISTRY).is_ok())
+    registry_at(folder, REGISTRY, Command::new("docker-registry"))
 }
 
-/// The image service, with its cache in `folder/cache`.
+/// The same at another address, by a command that may run it elsewhere. What it was asked is in `folder/registry.log`.
+pub fn registry_at(folder: &Path, address: &str, mut program: Command) -> Result<Service> {
+    let (config, store) = (folder.join("registry.yml"), folder.join("registry"));
+    let storage = format!("{{filesystem: {{rootdirectory: {}}}}}", store.display());
+    let text = format!("version: 0.1\nlog: {{level: warn}}\nstorage: {storage}\nhttp: {{addr: {address}}}\n");
+    fs::write(&config, text)?;
+    let log = append(&folder.join("registry.log"))?;
+    program.arg("serve").arg(config).stdout(log).stderr(Stdio::null());
+    Service::start(&mut program, || TcpStream::connect(address).is_ok())
+}
+
+/// The image service as it is without a configuration, with its cache in `folder/cache`.
 pub fn image_service(folder: &Path) -> Result<Service> {
     let mut serve = program("ctvm");
     serve.args(["image", "serve", "--root"]).arg(folder.join("cache"));
     Service::start(&mut serve, || answers(Path::new(IMAGES)))
+}
+
+/// The image service with a configuration, its cache in `cache`, and its lines behind those that are in `log`.
+pub fn image_service_with(config: &str, cache: &Path, log: &Path) -> Result<Service> {
+    let file = log.with_extension("toml");
+    fs::write(&file, config)?;
+    let mut serve = program("ctvm");
+    serve.args(["image", "serve", "--root"]).arg(cache).arg("--config").arg(file).stderr(append(log)?);
+    Service::start(&mut serve, || answers(Path::new(IMAGES)))
+}
+
+fn append(path: &Path) -> Result<File> {
+    File::options().create(true).append(true).open(path).with_context(|| path.display().to_string())
 }
 
 /// The snapshotter at `address`, with its snapshots in `folder/snapshots`.
@@ -59,8 +76,12 @@ fn answers(socket: &Path) -> bool {
 
 /// What `ctvm image stat` says of the cache in `folder/cache`.
 pub fn counters(folder: &Path) -> Result<Value> {
-    let text =
-        run(program("ctvm").args(["image", "stat", "--json", "--root"]).arg(folder.join("cache")))?.ok()?;
+    counters_of(&folder.join("cache"))
+}
+
+/// The same of the cache in `cache`.
+pub fn counters_of(cache: &Path) -> Result<Value> {
+    let text = run(program("ctvm").args(["image", "stat", "--json", "--root"]).arg(cache))?.ok()?;
     Ok(serde_json::from_str(&text)?)
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::{SHARE, run};
+use crate::{SHARE, run, run_with_input};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -40,6 +40,32 @@ pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     words.flatten().take(bytes).collect()
 }
 
+/// What a layer is made of.
+#[derive(Debug, Clone, Copy)]
+pub enum Layer<'a> {
+    /// All of a folder.
+    Tree(&'a Path),
+    /// Files of this machine at their own places.
+    Files(&'a [PathBuf]),
+}
+
+impl Layer<'_> {
+    fn pack(self, tar: &Path) -> Result<()> {
+        let mut command = Command::new("tar");
+        command.args(["--xattrs", "--numeric-owner", "-cf"]).arg(tar);
+        match self {
+            Layer::Tree(tree) => run(command.arg("-C").arg(tree).arg("."))?,
+            Layer::Files(files) => {
+                let below = |file: &PathBuf| Ok(file.strip_prefix("/")?.display().to_string());
+                let names = files.iter().map(below).collect::<Result<Vec<_>>>()?.join("\n");
+                run_with_input(command.args(["-C", "/", "--files-from=-"]), names.into_bytes())?
+            }
+        }
+        .ok()
+        .map(drop)
+    }
+}
+
 /// An image layout in a folder of its own.
 #[derive(Debug)]
 pub struct Layout {
@@ -47,21 +73,21 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout `folder` with one image: a layer of each of `trees`, the lowest first, and `config`, the image's
-    /// [configuration](https://github.com/opencontainers/image-spec/blob/main/config.md) but for its `rootfs` and platform.
+    /// The layout `folder` with one image: a layer of each of `trees`, the lowest first, and `config`: see [`Layout::of`].
     pub fn new(folder: &Path, trees: &[&Path], config: &serde_json::Value) -> Result<Layout> {
+        let layers: Vec<Layer<'_>> = trees.iter().map(|&tree| Layer::Tree(tree)).collect();
+        Self::of(folder, &layers, config)
+    }
+
+    /// The layout `folder` with one image: `sources`, a layer each, the lowest first, and `config`, the image's
+    /// [configuration](https://github.com/opencontainers/image-spec/blob/main/config.md) but for its `rootfs` and platform.
+    pub fn of(folder: &Path, sources: &[Layer<'_>], config: &serde_json::Value) -> Result<Layout> {
         let layout = Layout { folder: folder.to_owned() };
         fs::create_dir_all(layout.blobs())?;
         let mut layers = Vec::new();
-        for tree in trees {
+        for source in sources {
             let tar = folder.join("layer.tar");
-            run(Command::new("tar")
-                .args(["--xattrs", "--numeric-owner", "-cf"])
-                .arg(&tar)
-                .arg("-C")
-                .arg(tree)
-                .arg("."))?
-            .ok()?;
+            source.pack(&tar)?;
             let size = fs::metadata(&tar)?.len();
             layers.push(json!({"mediaType": LAYER, "digest": layout.take(&tar)?, "size": size}));
         }
