@@ -11,6 +11,7 @@ mod fuzz;
 mod guest;
 mod host;
 mod lab;
+mod oci;
 mod packages;
 mod product;
 mod steps;
