@@ -11,12 +11,10 @@ use e2e::vm::pack_initrd;
 
 use crate::exits::Exits;
 use benches::rows::Row;
-use benches::subject::{Root, Subject};
+use benches::subject::{READY, Root, Subject};
 
 /// The agent's first act.
 const INIT: &str = "CTVM-INIT";
-/// The agent's connection is up.
-const READY: &str = "CTVM-READY";
 
 /// When each stage of one start ended, ms since exec. The stages between exec and `init` are our own VMM's.
 #[derive(Debug, Default, Clone)]

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -21,6 +21,8 @@ use vmm_api::{
 
 /// Guest memory of every measured VM, MiB.
 pub const MEMORY_MIB: u32 = 128;
+/// What a guest's console shows once the agent's connection is up.
+pub const READY: &str = "CTVM-READY";
 /// The agent dials this port when it is ready.
 const READY_PORT: u32 = 1024;
 /// What every guest is told; the marks come from the agent.
@@ -160,36 +162,47 @@ fn spawn_stamped(command: &mut Command) -> Result<(Child, u64)> {
 }
 
 fn start_ctvm(root: Root<'_>) -> Result<Started> {
+    start_ctvm_with(root, |_, _| Ok(()))
+}
+
+/// Starts our VMM with more in its configuration: `change` gives descriptors by calling its second argument.
+pub fn start_ctvm_with(
+    root: Root<'_>,
+    change: impl FnOnce(&mut VmConfig, &mut dyn FnMut(OwnedFd) -> FdIndex) -> Result<()>,
+) -> Result<Started> {
     let (ours, theirs) = vmm_api::frame::pair()?;
     let share = Path::new(SHARE);
-    let kernel = File::open(share.join("vmlinux"))?;
-    let (console, output) = std::io::pipe()?;
-    let (root_file, disks, initrd) = match root {
-        Root::Disk => {
-            let disk = DiskConfig::read_only(FdIndex(1), "root");
-            (share.join("rootfs.erofs"), vec![disk], None)
-        }
-        Root::Initrd(path) => (path.to_owned(), vec![], Some(FdIndex(1))),
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    let mut give = |fd: OwnedFd| {
+        fds.push(fd);
+        FdIndex(u8::try_from(fds.len() - 1).expect("few files"))
     };
-    let root_file = File::open(root_file)?;
-    let kernel_config = KernelConfig { image: FdIndex(0), initrd, cmdline: root.cmdline(), pvh: true };
-    let config = VmConfig {
+    let image = give(File::open(share.join("vmlinux"))?.into());
+    let (console, output) = std::io::pipe()?;
+    let (disks, initrd) = match root {
+        Root::Disk => {
+            let disk = give(File::open(share.join("rootfs.erofs"))?.into());
+            (vec![DiskConfig::read_only(disk, "root")], None)
+        }
+        Root::Initrd(path) => (vec![], Some(give(File::open(path)?.into()))),
+    };
+    let kernel_config = KernelConfig { image, initrd, cmdline: root.cmdline(), pvh: true };
+    let mut config = VmConfig {
         name: "bench".into(),
         disks,
         vsock: Some(VsockConfig { cid: 3, ports: vec![READY_PORT] }),
-        console: Some(ConsoleConfig { output: Some(FdIndex(2)), input: None }),
+        console: Some(ConsoleConfig { output: Some(give(output.into())), input: None }),
         ..VmConfig::new(MEMORY_MIB, kernel_config)
     };
+    change(&mut config, &mut give)?;
     let mut command = Command::new(Path::new(BIN).join("ctvm-vmm"));
     command.stdin(Stdio::null()).fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])?;
     let (vmm, exec_us) = spawn_stamped(&mut command)?;
     let mut client = Client::new(ours);
-    client.call(
-        Op::Configure(Box::new(config)),
-        &[kernel.as_fd(), root_file.as_fd(), output.as_fd()],
-        LIMIT,
-    )?;
-    drop(output);
+    let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+    client.call(Op::Configure(Box::new(config)), &borrowed, LIMIT)?;
+    // The console ends with the VMM.
+    drop(fds);
     let (Reply::Booted { timeline }, _) = client.call(Op::Boot, &[], LIMIT)? else {
         bail!("boot answered oddly")
     };
