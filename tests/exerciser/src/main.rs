@@ -5,13 +5,15 @@
 //!
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
 //! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
-//! is PID 1 of the peer's guest in `benches/src/q35.rs`.
+//! is PID 1 of the peer's guest in `benches/src/q35.rs`; `exerciser read sequential FILE` and `exerciser read random FILE COUNT` time
+//! reads for `benches/src/nydus/read.rs`.
 
 mod content;
 mod hostile;
 mod hotplug;
 mod map;
 mod names;
+mod read;
 mod upcall;
 mod watch;
 
@@ -35,6 +37,8 @@ fn main() -> Result<()> {
         ["tcp", count] => hostile::tcp(count.parse()?),
         ["upcall", fault] => upcall::run(fault),
         ["hotplug"] => hotplug::witness(),
+        ["read", "sequential", path] => read::sequential(path),
+        ["read", "random", path, count] => read::random(path, count.parse()?),
         ["network", tcp, udp] => network(tcp, udp),
         _ => exercise(),
     }
