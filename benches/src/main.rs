@@ -6,6 +6,7 @@
 mod boot;
 mod containers;
 mod exits;
+mod nydus;
 mod q35;
 mod resize;
 mod size;
@@ -34,6 +35,15 @@ struct Arguments {
     /// Write the boot timeline here.
     #[arg(long)]
     svg: Option<PathBuf>,
+    /// Write the picture of group `nydus` here.
+    #[arg(long)]
+    nydus_svg: Option<PathBuf>,
+    /// Of group `nydus` only this part.
+    #[arg(long)]
+    part: Option<nydus::Part>,
+    /// In group `nydus`, an image of 1 GiB too.
+    #[arg(long)]
+    long: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,6 +60,8 @@ enum Group {
     Resize,
     /// Pods as Kubernetes makes them: by `ctvm-bench-pods`, beside this program.
     Pods,
+    /// Images that start before they are downloaded.
+    Nydus,
 }
 
 /// Whole containers take long, and their medians settle soon.
@@ -82,6 +94,13 @@ fn main() -> Result<()> {
     }
     if wanted(Group::Pods) {
         rows.extend(pods(arguments.runs)?);
+    }
+    if wanted(Group::Nydus) {
+        let nydus = nydus::group(arguments.runs, arguments.long, arguments.part)?;
+        if let Some(file) = &arguments.nydus_svg {
+            std::fs::write(file, nydus::picture(&nydus)).with_context(|| file.display().to_string())?;
+        }
+        rows.extend(nydus);
     }
     print!("{}", rows::table(&rows));
     if let Some(file) = &arguments.json {

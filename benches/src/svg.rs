@@ -45,7 +45,8 @@ pub fn timeline(starts: &[(String, Start)]) -> String {
     svg + "</svg>\n"
 }
 
-fn escape(text: &str) -> String {
+/// A text between tags.
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;")
 }
 

@@ -62,8 +62,13 @@ fn append(path: &Path) -> Result<File> {
 
 /// The snapshotter at `address`, with its snapshots in `folder/snapshots`.
 pub fn snapshotter(folder: &Path, address: &Path) -> Result<Service> {
+    snapshotter_for(REGISTRY, folder, address)
+}
+
+/// The same, for a registry that is elsewhere.
+pub fn snapshotter_for(registry: &str, folder: &Path, address: &Path) -> Result<Service> {
     let mut serve = program("ctvm");
-    serve.args(["snapshotter", "--plain-http", REGISTRY]);
+    serve.args(["snapshotter", "--plain-http", registry]);
     serve.arg("--address").arg(address).arg("--root").arg(folder.join("snapshots"));
     Service::start(&mut serve, || answers(address))
 }

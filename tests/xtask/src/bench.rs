@@ -8,18 +8,18 @@ use clap::Args;
 use lab_protocol::Command;
 
 use crate::apt::Apt;
-use crate::build;
 use crate::cache::Cache;
 use crate::lab::client::Streams;
 use crate::lab::image::Image;
 use crate::lab::machine::{Machine, Shape};
 use crate::product::{IN_LAB, Product};
 use crate::steps::step;
+use crate::{bench_images, build, container_image};
 
 /// Options of `xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only this group of figures: boot, memory, size, run, resize, pods
+    /// Only this group of figures: boot, memory, size, run, resize, pods, nydus
     #[arg(long)]
     only: Option<String>,
     /// Counted runs of each figure
@@ -34,6 +34,15 @@ pub struct Options {
     /// Ordinary time on two CPUs: quick to try, of no use as a figure
     #[arg(long)]
     inexact: bool,
+    /// In group nydus, an image of 1 GiB too
+    #[arg(long)]
+    long: bool,
+    /// Of group nydus only this part: start, read, memory, thread
+    #[arg(long)]
+    part: Option<String>,
+    /// Write the picture of group nydus here
+    #[arg(long, default_value = "nydus.svg")]
+    nydus_svg: PathBuf,
 }
 
 /// Runs the benchmarks; the result is this process's exit code.
@@ -50,7 +59,15 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
         // Of the lab itself, for a peer that needs ACPI.
         product.add("share", &Image::get(cache, &Apt::open(cache)?)?.kernel())?;
     }
-    let shape = Shape { exact: !options.inexact, product: Some(product), ..Shape::default() };
+    if wanted("nydus") {
+        product.add_stripped("share", &step("build the exerciser", build::exerciser)?, "exerciser")?;
+        let image = container_image::get(cache, &Apt::open(cache)?)?;
+        bench_images::make(cache, &product.folder().join("share"), &image, options.long)?;
+    }
+    let usual = Shape::default();
+    // The large image is in it as the registry has it, as containerd has it packed and unpacked, and in page caches.
+    let memory_mib = if options.long { usual.memory_mib * 2 } else { usual.memory_mib };
+    let shape = Shape { exact: !options.inexact, product: Some(product), memory_mib, ..usual };
     let machine = step("start the lab", || Machine::start(cache, &shape))?;
     let mut argv: Vec<String> = [
         &format!("{IN_LAB}/bin/ctvm-bench"),
@@ -58,6 +75,8 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
         "/tmp/rows.json",
         "--svg",
         "/tmp/timeline.svg",
+        "--nydus-svg",
+        "/tmp/nydus.svg",
         "--runs",
     ]
     .map(ToString::to_string)
@@ -65,6 +84,12 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     argv.push(options.runs.to_string());
     if let Some(only) = &options.only {
         argv.extend(["--only".to_string(), only.clone()]);
+    }
+    if let Some(part) = &options.part {
+        argv.extend(["--part".to_string(), part.clone()]);
+    }
+    if options.long {
+        argv.push("--long".to_string());
     }
     let (mut stdout, mut stderr) = (io::stdout(), io::stderr());
     let streams = Streams { stdin: Box::new(io::empty()), stdout: &mut stdout, stderr: &mut stderr };
@@ -81,6 +106,10 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     }
     if wanted("boot") {
         client.get("/tmp/timeline.svg", &options.svg)?;
+    }
+    let has_starts = options.part.as_deref().is_none_or(|part| part == "start");
+    if wanted("nydus") && has_starts {
+        client.get("/tmp/nydus.svg", &options.nydus_svg)?;
     }
     Ok(0)
 }

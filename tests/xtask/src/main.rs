@@ -2,6 +2,7 @@
 
 mod apt;
 mod bench;
+mod bench_images;
 mod build;
 mod cache;
 mod conformance;
@@ -14,6 +15,7 @@ mod lab;
 mod oci;
 mod packages;
 mod product;
+mod registry;
 mod steps;
 mod test;
 mod tree;
