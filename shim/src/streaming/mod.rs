@@ -14,6 +14,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use protobuf::Message;
@@ -43,12 +44,25 @@ pub const WINDOW_UPDATE: &str = "containerd.types.transfer.WindowUpdate";
 /// did not create stay, so the oldest goes.
 const WAITING: usize = 64;
 
+/// How long what a client says is still heard after the end of its call, to no effect: it may grant room for what is none.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// One client's end of a stream.
 #[derive(Debug)]
 pub struct Client {
-    stream: ServerStream<Any, Any>,
-    /// Ends the call when it is dropped.
-    _call: oneshot::Sender<()>,
+    /// Until it is dropped.
+    stream: Option<ServerStream<Any, Any>>,
+    /// Ends the call, which gets the stream.
+    call: Option<oneshot::Sender<ServerStream<Any, Any>>>,
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let (Some(stream), Some(call)) = (self.stream.take(), self.call.take()) {
+            // Nobody takes it where the connection is gone.
+            let _ = call.send(stream);
+        }
+    }
 }
 
 /// What a client says.
@@ -67,7 +81,8 @@ pub enum Said {
 impl Client {
     /// Waits for what it says next. Nothing is lost when this is dropped.
     async fn says(&mut self) -> Said {
-        match self.stream.recv().await {
+        let Some(stream) = &mut self.stream else { return Said::Lost };
+        match stream.recv().await {
             Ok(Some(any)) => said(&any).unwrap_or(Said::Lost),
             Ok(None) => Said::End,
             Err(_) => Said::Lost,
@@ -89,7 +104,10 @@ impl Client {
         let mut any = Any::new();
         any.type_url = kind.to_owned();
         any.value = message.write_to_bytes().expect("our own messages serialise");
-        self.stream.send(&any).await.is_ok()
+        match &self.stream {
+            Some(stream) => stream.send(&any).await.is_ok(),
+            None => false,
+        }
     }
 }
 
@@ -201,9 +219,15 @@ impl StreamHandler for Handler {
         // It waits for a word before it goes on, whatever the word.
         stream.send(&Any::new()).await?;
         let (call, end) = oneshot::channel();
-        self.0.arrive(id, Client { stream, _call: call });
-        // Dropped when whoever has the client is done with it.
-        let _ = end.await;
+        self.0.arrive(id, Client { stream: Some(stream), call: Some(call) });
+        // Comes when whoever has the client is done with it. The answer ends the call. What the client says before it
+        // knows that, of a stream that is no more, the library would answer with an error, which could overtake the end.
+        if let Ok(mut stream) = end.await {
+            tokio::spawn(async move {
+                let last_words = async { while let Ok(Some(_)) = stream.recv().await {} };
+                let _ = tokio::time::timeout(FAREWELL, last_words).await;
+            });
+        }
         Ok(None)
     }
 }
