@@ -145,6 +145,7 @@ impl TaskError {
                 IoError::Logger { source, .. } => match source {
                     LoggerError::Path | LoggerError::Encoding(_) => Code::INVALID_ARGUMENT,
                     LoggerError::Start { source, .. } => os(source),
+                    LoggerError::NotReady { .. } => Code::FAILED_PRECONDITION,
                     LoggerError::Late { .. } => Code::DEADLINE_EXCEEDED,
                 },
                 IoError::NotFifo { .. } | IoError::Loggers { .. } => Code::INVALID_ARGUMENT,

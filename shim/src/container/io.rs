@@ -3,7 +3,7 @@
 //! ```text
 //! client ─ fifo ──> splice ─> stream ─> guest's stdin        each arrow ends the next one
 //! client <─ fifo ── splice <─ stream <─ guest's stdout/stderr
-//! logger <─ pipe ── splice <─┤  binary://…
+//! logger <─ pipe ── splice <─┤  binary://…, binary-v2://…
 //!   file <───────── write  <─┘  file://…
 //! ```
 //! In place of a fifo there may be a pipe of our own, whose other end is a stream of containerd's ([`streaming`](crate::streaming)).
@@ -37,7 +37,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::container::logger::{self, Logger, LoggerError, Owner};
+use crate::container::logger::{self, Logger, LoggerError, Owner, is_logger};
 use crate::streaming::Desk;
 use crate::streaming::pump::{self, Pump};
 use crate::watched::watch as watch_fd;
@@ -47,7 +47,7 @@ use crate::watched::watch as watch_fd;
 pub struct Stdio {
     /// Fifo to read from, or the URI of a stream of the sandbox's own socket (`ttrpc+unix://`).
     pub stdin: String,
-    /// Fifo to write to, or the URI of a stream, a file (`file://`) or a logger (`binary://`).
+    /// Fifo to write to, or the URI of a stream, a file (`file://`) or a logger (`binary://`, `binary-v2://`).
     pub stdout: String,
     /// The same; unused with a terminal.
     pub stderr: String,
@@ -72,7 +72,7 @@ impl Stdio {
 pub enum IoError {
     /// Not a path, and of no known kind.
     #[error(
-        "{stream} {uri:?}: supported are a fifo's path, a stream of this sandbox's socket (ttrpc+unix://) and, for output, file:// and binary://"
+        "{stream} {uri:?}: supported are a fifo's path, a stream of this sandbox's socket (ttrpc+unix://) and, for output, file://, binary:// and binary-v2://"
     )]
     Scheme {
         /// Which stream.
@@ -200,10 +200,6 @@ impl Fifos {
 
 fn failed(stream: &'static str, uri: &str, source: std::io::Error) -> IoError {
     IoError::Open { stream, path: uri.to_owned(), source }
-}
-
-fn is_logger(uri: &str) -> bool {
-    uri.starts_with("binary://")
 }
 
 /// Opens a fifo or a file.
@@ -619,7 +615,7 @@ mod tests {
             let stdio = Stdio { stdout: stdout.into(), stderr: stderr.into(), ..Stdio::default() };
             crate::error::chain(&Fifos::open(&stdio, OWNER, &desk()).await.unwrap_err())
         };
-        for other in ["ttrpc+unix:///run/x?streaming_id=a", "grpc+unix:///run/x", "binary-v2:///a"] {
+        for other in ["ttrpc+unix:///run/x?streaming_id=a", "grpc+unix:///run/x", "binary-v3:///a"] {
             assert!(open(other, "").await.contains("supported are a fifo's path"), "{other}");
         }
         assert!(open("/dev/null", "").await.contains("stdout \"/dev/null\" is not a fifo"));

@@ -1,9 +1,10 @@
-//! A program that takes a process's output: `binary://PATH?KEY=VALUE…`, in containerd's contract for it.
+//! A program that takes a process's output: `binary://PATH?KEY=VALUE…`, in containerd's contract for it, or `binary-v2://…`,
+//! in that of containerd 2.2.
 //!
 //! | what | the program gets |
 //! | --- | --- |
 //! | descriptors 3 and 4 | the process's stdout and stderr, to be read until they end |
-//! | descriptor 5 | to be closed (or written to) when it is ready: the process is made only then |
+//! | descriptor 5 | to be written to, a byte, when it is ready: the process is made only then. Closing it is as good, but not by `binary-v2` |
 //! | arguments | each key and its value, in their order; nothing of them is secret |
 //! | environment | `CONTAINER_ID` (of an exec: its id) and `CONTAINER_NAMESPACE`, and nothing else |
 //!
@@ -22,6 +23,14 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 use crate::watched::watch;
+
+/// What the URIs of programs begin with that have to write to descriptor 5.
+const STRICT: &str = "binary-v2://";
+
+/// Whether `uri` names a program.
+pub fn is_logger(uri: &str) -> bool {
+    ["binary://", STRICT].iter().any(|scheme| uri.starts_with(scheme))
+}
 
 /// How long a program may take to be ready.
 const READY: Duration = Duration::from_secs(10);
@@ -52,6 +61,14 @@ pub enum LoggerError {
         /// Why.
         #[source]
         source: std::io::Error,
+    },
+    /// It closed its descriptor without a word, as one does that fails.
+    #[error(
+        "{program:?} did not say that it is ready: it has to write to descriptor 5 before that is closed"
+    )]
+    NotReady {
+        /// Its path.
+        program: String,
     },
     /// It runs and does not say that it is ready.
     #[error("{program:?} was not ready within {READY:?}")]
@@ -118,8 +135,11 @@ impl Logger {
             }
         });
         let logger = Logger { pidfd, ended };
-        if tokio::time::timeout(READY, ended_or_written(ready)).await.is_err() {
+        let Ok(said) = tokio::time::timeout(READY, written(ready)).await else {
             return Err(LoggerError::Late { program });
+        };
+        if !said.map_err(failed)? && uri.starts_with(STRICT) {
+            return Err(LoggerError::NotReady { program });
         }
         let writable = |end: std::io::PipeWriter| -> std::io::Result<OwnedFd> {
             rustix::io::ioctl_fionbio(&end, true)?;
@@ -149,12 +169,18 @@ impl Drop for Logger {
     }
 }
 
-/// Waits for a byte or the end.
-async fn ended_or_written(ready: PipeReader) -> std::io::Result<()> {
+/// Waits for a byte or the end. Whether there was one.
+async fn written(ready: PipeReader) -> std::io::Result<bool> {
     let ready = OwnedFd::from(ready);
     rustix::io::ioctl_fionbio(&ready, true)?;
     let ready = watch(ready)?;
-    ready.readable().await.map(drop)
+    loop {
+        let mut guard = ready.readable().await?;
+        let read = guard.try_io(|ready| Ok(rustix::io::read(ready.get_ref(), &mut [0_u8])?));
+        if let Ok(read) = read {
+            return read.map(|bytes| bytes > 0);
+        }
+    }
 }
 
 /// The program and its arguments.
@@ -199,6 +225,23 @@ pub fn decode(text: &str) -> Result<String, LoggerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_program_of_the_second_kind_has_to_say_that_it_is_ready() {
+        let start = async |scheme: &str, script: &str| {
+            let script: String = script.bytes().map(|byte| format!("%{byte:02x}")).collect();
+            let uri = format!("{scheme}:///bin/sh?-c={script}");
+            let started = Logger::start(&uri, Owner { namespace: "n", id: "c" }).await;
+            started.map(drop).map_err(|error| error.to_string())
+        };
+        assert_eq!(start("binary-v2", "printf x >&5; exec 5>&-; cat <&3").await, Ok(()));
+        for silent in ["exec 5>&-; cat <&3", "exit 1"] {
+            assert_eq!(start("binary", silent).await, Ok(()));
+            let error = start("binary-v2", silent).await.unwrap_err();
+            assert!(error.contains("\"/bin/sh\" did not say that it is ready"), "{error}");
+        }
+        assert!(is_logger("binary:///a") && is_logger("binary-v2:///a") && !is_logger("binary-v3:///a"));
+    }
 
     #[test]
     fn a_uri_is_a_program_and_its_arguments() {
