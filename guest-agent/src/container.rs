@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,20 +11,22 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use agent_api::task::{CreateTaskRequest, ExecProcessRequest};
 use libcontainer::container::Container as LibContainer;
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
+use libcontainer::syscall::syscall::{SyscallType, create_syscall};
+use oci_spec::runtime::{LinuxSeccomp, PosixRlimit, Process as ProcessSpec, Spec};
 
 use crate::boot::{BUNDLES, CONTAINERS};
 use crate::cgroup::Cgroup;
+use crate::devices::Nodes;
 use crate::errors::TaskError;
 use crate::host::Host;
 use crate::huge_pages::{self, Reserved};
 use crate::launch::{self, LaunchError, Launched, chain};
 use crate::mounts::{self, Mounted};
-use crate::payload::Payload;
+use crate::payload::{Entry as UsersEntry, Payload};
 use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
+use crate::users::Users;
 use crate::{devices, pod, spec, sys, sysctl};
 
 mod control;
@@ -39,6 +41,8 @@ pub struct Guest {
     pub host: Host,
     /// Who collects processes.
     pub reaper: Arc<Reaper>,
+    /// The sandbox's users.
+    pub users: Arc<Users>,
 }
 
 /// A container that exists, whatever its processes do.
@@ -48,6 +52,8 @@ pub struct Container {
     guest: Guest,
     cgroup: Cgroup,
     filter: Option<LinuxSeccomp>,
+    /// Its users are the sandbox's, not the guest's.
+    own_users: bool,
     /// Its first process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
@@ -80,6 +86,7 @@ struct Files {
     state: PathBuf,
     _root: Mounted,
     _huge_pages: Reserved,
+    _nodes: Nodes,
 }
 
 impl Drop for Files {
@@ -101,12 +108,12 @@ enum Ends {
 }
 
 impl Container {
-    /// Makes the container up to the point where its program could start. `pid_of` tells the number of another
-    /// container's first process.
+    /// Makes the container up to the point where its program could start. `pids_of` tells the file that stands for another
+    /// container's process numbers.
     pub async fn create(
         guest: &Guest,
         request: &CreateTaskRequest,
-        pid_of: impl Fn(&str) -> Result<u32, TaskError>,
+        pids_of: impl Fn(&str) -> Result<PathBuf, TaskError>,
     ) -> Result<Self, TaskError> {
         let id = &request.id;
         let names = Names {
@@ -116,10 +123,16 @@ impl Container {
             terminal: request.terminal,
         };
         let mut config = spec::container(request.options.as_ref(), id, names.terminal)?;
-        pod::join(&mut config.spec, pid_of)?;
+        let own_users = pod::join(&mut config.spec, &guest.users, pids_of)?;
         pod::share_memory(&mut config.spec)?;
-        sysctl::apply(&mut config.spec)?;
+        sysctl::apply(&mut config.spec, &guest.users)?;
         devices::resolve(&mut config.spec)?;
+        let (mut owner, mut nodes) = ((config.uid, config.gid), Nodes::default());
+        if own_users {
+            let outside = |uid, gid| Ok(guest.users.outside(uid, gid)?);
+            owner = outside(config.uid, config.gid)?;
+            nodes = devices::bind(&mut config.spec, id, outside)?;
+        }
         let huge_pages = huge_pages::set_up(&mut config.spec)?;
         let root = config.spec.root().as_ref().expect("checked by `spec::container`").path().clone();
         let wiring = Wiring::dial(&guest.host, &names).await?;
@@ -128,6 +141,7 @@ impl Container {
             state: Path::new(CONTAINERS).join(id),
             _root: mounts::make_all(&request.rootfs, &root)?,
             _huge_pages: huge_pages,
+            _nodes: nodes,
         };
         std::fs::create_dir_all(&files.bundle)
             .and_then(|()| spec::save(&config.spec, &files.bundle.join("config.json")))
@@ -138,6 +152,7 @@ impl Container {
             guest: guest.clone(),
             cgroup: Cgroup::of(id),
             filter: config.spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
+            own_users,
             init: Arc::new(Process::planned(names)),
             execs: Mutex::default(),
             starting: tokio::sync::RwLock::default(),
@@ -155,8 +170,14 @@ impl Container {
                 }
             }
         };
+        // Where it is among the sandbox's users, it may not raise them itself any more.
+        let limits = process_limits(&config.spec).filter(|_| own_users).unwrap_or_default();
         let made = container
-            .launch(&container.init, wiring, (config.uid, config.gid), at_exit, move |builder| {
+            .launch(&container.init, wiring, (owner, None), at_exit, move |builder| {
+                let syscall = create_syscall();
+                for limit in &limits {
+                    syscall.set_rlimit(limit).map_err(|error| chain(&error))?;
+                }
                 let builder = builder.with_executor(Payload::init());
                 let made = builder.as_init(&bundle).with_systemd(false).with_detach(true).build();
                 let pid = made.map_err(|error| chain(&error))?.pid();
@@ -225,7 +246,15 @@ impl Container {
         let Some(Plan { mut spec, wiring, file }) = plan else {
             return Err(TaskError::State { what: "start", state: exec.process.phase().name() });
         };
-        let payload = Payload::exec(self.filter.clone(), &mut spec);
+        let entry = match self.own_users.then(|| UsersEntry::new(&self.guest.users, &mut spec)).transpose() {
+            Ok(entry) => entry,
+            Err(error) => {
+                exec.process.failed();
+                return Err(error);
+            }
+        };
+        let keep = entry.as_ref().map(UsersEntry::fd);
+        let payload = Payload::exec(self.filter.clone(), entry, &mut spec);
         let owner = (spec.user().uid(), spec.user().gid());
         let written = spec::save(&spec, &file).map_err(TaskError::io("write the exec's process"));
         let made = match written {
@@ -234,7 +263,7 @@ impl Container {
                 self.launch(
                     &exec.process,
                     wiring,
-                    owner,
+                    (owner, keep),
                     || {},
                     move |builder| {
                         let builder = builder.with_executor(payload);
@@ -320,7 +349,7 @@ impl Container {
         &self,
         process: &Process,
         wiring: Wiring,
-        (uid, gid): (u32, u32),
+        ((uid, gid), keep): ((u32, u32), Option<RawFd>),
         at_exit: impl FnOnce() + Send + 'static,
         build: impl FnOnce(ContainerBuilder) -> Result<i32, String> + Send,
     ) -> Result<(), TaskError> {
@@ -330,7 +359,7 @@ impl Container {
             let console = Console::listen().map_err(TaskError::io("listen for the terminal"))?;
             let ends = Ends::Console(console.path.clone());
             let Launched { pid, launching } =
-                launch::run(reaper, &self.id, &[], move || build(builder(id, ends)?)).await?;
+                launch::run(reaper, &self.id, keep.as_slice(), move || build(builder(id, ends)?)).await?;
             let exit = reaper.watch(pid);
             drop(launching);
             let master = console.receive().map_err(TaskError::io("receive the terminal"))?;
@@ -338,7 +367,8 @@ impl Container {
             process.launched(pid, exit, flow, at_exit);
         } else {
             let (ends, pipes) = wiring.pipes(uid, gid)?;
-            let keep = [&ends.stdin, &ends.stdout, &ends.stderr].map(AsRawFd::as_raw_fd);
+            let streams = [&ends.stdin, &ends.stdout, &ends.stderr].map(AsRawFd::as_raw_fd);
+            let keep: Vec<RawFd> = streams.into_iter().chain(keep).collect();
             let ends = Ends::Pipes(ends);
             let Launched { pid, launching } =
                 launch::run(reaper, &self.id, &keep, move || build(builder(id, ends)?)).await?;
@@ -408,6 +438,10 @@ fn builder(id: String, ends: Ends) -> Result<ContainerBuilder, String> {
             builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr)
         }
     })
+}
+
+fn process_limits(spec: &Spec) -> Option<Vec<PosixRlimit>> {
+    spec.process().as_ref()?.rlimits().clone()
 }
 
 /// The library has its own, older `nix`.

@@ -1,12 +1,24 @@
 //! Devices of a container by this guest's numbers: disks of the VM are found by their serial numbers, and what the kernel
 //! does not have is said before a container is made that could not open it.
+//!
+//! A container in a user namespace may make no device, so its own are made here, for the runtime library to bind.
 
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use agent_api::{DISK_MAJOR, disk_serial};
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
+
+use crate::errors::TaskError;
+
+/// Where devices are made that are bound. `/run` takes none (`nodev`).
+const NODES: &str = "/dev/.ctvm";
+
+/// A device's mode where its container does not say (the runtime library's default).
+const MODE: u32 = 0o666;
 
 /// A device that this guest does not have.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +54,85 @@ pub enum DeviceError {
         #[source]
         cause: io::Error,
     },
+    /// A node of it cannot be made.
+    #[error("device {path}: making {file}")]
+    Make {
+        /// In the container.
+        path: PathBuf,
+        /// Which file.
+        file: PathBuf,
+        /// Why not.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// The nodes of a container's devices. They go when this does.
+#[derive(Debug, Default)]
+pub struct Nodes(Option<PathBuf>);
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.0
+            && let Err(error) = std::fs::remove_dir_all(dir)
+        {
+            log::warn!("{} stays: {error}", dir.display());
+        }
+    }
+}
+
+/// Makes the devices of container `id`, and has them bound in place of being made in it. `outside` tells what a user and a
+/// group of the container are here.
+pub fn bind(
+    spec: &mut Spec,
+    id: &str,
+    outside: impl Fn(u32, u32) -> Result<(u32, u32), TaskError>,
+) -> Result<Nodes, TaskError> {
+    let mut nodes = Nodes::default();
+    let Some(mut linux) = spec.linux().clone() else { return Ok(nodes) };
+    let devices = linux.devices().clone().unwrap_or_default();
+    if devices.is_empty() {
+        return Ok(nodes);
+    }
+    let dir = Path::new(NODES).join(id);
+    nodes.0 = Some(dir.clone());
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for (number, device) in devices.iter().enumerate() {
+        let file = dir.join(number.to_string());
+        let owner = outside(device.uid().unwrap_or(0), device.gid().unwrap_or(0))?;
+        make(device, &file, owner).map_err(|cause| DeviceError::Make {
+            path: device.path().clone(),
+            file: file.clone(),
+            cause,
+        })?;
+        let mut mount = Mount::default();
+        mount.set_destination(device.path().clone()).set_typ(Some("bind".to_owned())).set_source(Some(file));
+        mount.set_options(Some(["bind", "nosuid", "noexec"].map(str::to_owned).to_vec()));
+        mounts.push(mount);
+    }
+    linux.set_devices(None);
+    spec.set_linux(Some(linux)).set_mounts(Some(mounts));
+    Ok(nodes)
+}
+
+fn make(device: &LinuxDevice, file: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => SFlag::S_IFBLK,
+        LinuxDeviceType::C | LinuxDeviceType::U => SFlag::S_IFCHR,
+        LinuxDeviceType::P => SFlag::S_IFIFO,
+        LinuxDeviceType::A => return Err(io::ErrorKind::InvalidInput.into()),
+    };
+    let number = |part: i64| u64::try_from(part).map_err(io::Error::other);
+    let number = match kind {
+        SFlag::S_IFIFO => 0,
+        _ => makedev(number(device.major())?, number(device.minor())?),
+    };
+    std::fs::create_dir_all(file.parent().unwrap_or(Path::new("/")))?;
+    mknod(file, kind, Mode::empty(), number)?;
+    // Not with the call, of whose mode the umask takes some away.
+    let mode = device.file_mode().unwrap_or(MODE) & 0o7777;
+    std::os::unix::fs::chown(file, Some(uid), Some(gid))?;
+    std::fs::set_permissions(file, PermissionsExt::from_mode(mode))
 }
 
 /// Gives the devices of `spec` the numbers that they have here.

@@ -10,6 +10,7 @@ use crate::resources::ResourcesError;
 use crate::spec::SpecError;
 use crate::stdio::StdioError;
 use crate::sysctl::SysctlError;
+use crate::users::UsersError;
 
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum TaskError {
     /// There are no such huge pages, or not so many.
     #[error(transparent)]
     HugePages(#[from] HugePagesError),
+    /// The sandbox has no such users.
+    #[error(transparent)]
+    Users(#[from] UsersError),
     /// A kernel parameter cannot be set.
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
@@ -87,7 +91,9 @@ impl TaskError {
             | Self::Spec(_)
             | Self::Mount(_)
             | Self::Stdio(StdioError::Name(_)) => Code::INVALID_ARGUMENT,
-            Self::Device(_) => Code::FAILED_PRECONDITION,
+            Self::Device(_) | Self::Users(UsersError::None) => Code::FAILED_PRECONDITION,
+            Self::Users(UsersError::Nobody { .. }) => Code::INVALID_ARGUMENT,
+            Self::Users(_) => Code::INTERNAL,
             Self::HugePages(error) => match error {
                 HugePagesError::Limit { .. } | HugePagesError::Volume { .. } => Code::INVALID_ARGUMENT,
                 HugePagesError::Kernel { .. } | HugePagesError::Size { .. } => Code::FAILED_PRECONDITION,

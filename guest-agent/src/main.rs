@@ -39,6 +39,7 @@ mod stdio;
 mod sys;
 mod sysctl;
 mod tasks;
+mod users;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -55,6 +56,7 @@ use crate::host::Host;
 use crate::reaper::Reaper;
 use crate::sandbox::GuestSandbox;
 use crate::tasks::Tasks;
+use crate::users::Users;
 
 /// How long the host may take to be there. The VMM answers for its ports before the guest runs; a test's peer may
 /// be slower.
@@ -115,8 +117,9 @@ fn reach(host: &Host) -> std::io::Result<OwnedFd> {
 async fn serve(connection: OwnedFd, host: &Host, timeline: Timeline) -> std::io::Result<()> {
     let reaper = Arc::new(Reaper::default());
     let end = Arc::new(Notify::new());
-    let tasks = Arc::new(Tasks::new(Guest { host: host.clone(), reaper: reaper.clone() }));
-    let sandbox = Arc::new(GuestSandbox::new(timeline, host.clone(), tasks.clone(), end.clone()));
+    let guest = Guest { host: host.clone(), reaper: reaper.clone(), users: Arc::new(Users::default()) };
+    let tasks = Arc::new(Tasks::new(guest.clone()));
+    let sandbox = Arc::new(GuestSandbox::new(timeline, guest, tasks.clone(), end.clone()));
     let services = [agent_api::task::create_task(tasks), agent_api::sandbox::create_sandbox(sandbox)];
     let _server = connection::serve(Fd::new(connection)?, services, end.clone())
         .await

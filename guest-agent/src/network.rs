@@ -1,7 +1,8 @@
 //! The guest's network, as the shim found it on the host: rtnetlink requests, sent one by one.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use agent_api::sandbox::NetworkStep;
 use nix::sys::socket::{
@@ -51,6 +52,50 @@ fn ask(kernel: &OwnedFd, request: &[u8]) -> io::Result<()> {
     verdict(&answer[..length])
 }
 
+/// Moves the VM's network devices to another network namespace. They keep their numbers where these are free.
+pub fn move_devices(namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
+    let failed = |what: String| move |source| NetworkError { what, source };
+    let indexes = devices(Path::new("/sys/class/net")).map_err(failed("list devices".to_owned()))?;
+    let kernel = open().map_err(failed("open an rtnetlink socket".to_owned()))?;
+    for index in indexes {
+        let request = move_request(index, namespace.as_raw_fd());
+        ask(&kernel, &request).map_err(failed(format!("move device {index} to the sandbox's namespace")))?;
+    }
+    Ok(())
+}
+
+/// Numbers of the interfaces that are devices of the machine, which a loopback is not.
+fn devices(class: &Path) -> io::Result<Vec<u32>> {
+    let mut indexes = Vec::new();
+    for entry in std::fs::read_dir(class)? {
+        let path = entry?.path();
+        if path.join("device").exists() {
+            let text = std::fs::read_to_string(path.join("ifindex"))?;
+            indexes.push(text.trim_end().parse().map_err(io::Error::other)?);
+        }
+    }
+    indexes.sort_unstable();
+    Ok(indexes)
+}
+
+/// `RTM_SETLINK` with an `ifinfomsg` and `IFLA_NET_NS_FD` (rtnetlink(7)).
+fn move_request(index: u32, namespace: RawFd) -> Vec<u8> {
+    const LENGTH: u32 = 40;
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK;
+    let flags = u16::try_from(flags).expect("two low bits");
+    let mut request = LENGTH.to_ne_bytes().to_vec();
+    request.extend(libc::RTM_SETLINK.to_ne_bytes());
+    request.extend(flags.to_ne_bytes());
+    request.extend([0; 8]); // sequence, port
+    request.extend([0; 4]); // family, padding, type
+    request.extend(index.to_ne_bytes());
+    request.extend([0; 8]); // flags, change
+    request.extend(8_u16.to_ne_bytes());
+    request.extend(libc::IFLA_NET_NS_FD.to_ne_bytes());
+    request.extend(namespace.to_ne_bytes());
+    request
+}
+
 /// What an answer says: header, then the negated error number.
 fn verdict(answer: &[u8]) -> io::Result<()> {
     let kind = answer.get(4..6).map(|bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
@@ -82,6 +127,24 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EEXIST));
         assert!(verdict(&answer(3, 0)).is_err());
         assert!(verdict(&answer(NLMSG_ERROR, 0)[..HEADER]).is_err());
+    }
+
+    #[test]
+    fn devices_are_told_from_a_loopback_and_moved_by_number() {
+        let class = tempfile::tempdir().unwrap();
+        for (name, index, device) in [("lo", 1, false), ("eth1", 3, true), ("eth0", 2, true)] {
+            let dir = class.path().join(name);
+            std::fs::create_dir_all(if device { dir.join("device") } else { dir.clone() }).unwrap();
+            std::fs::write(dir.join("ifindex"), format!("{index}\n")).unwrap();
+        }
+        assert_eq!(devices(class.path()).unwrap(), [2, 3]);
+        let request = move_request(2, 9);
+        assert_eq!((request.len(), request[20], request[36]), (40, 2, 9));
+        // ENODEV by root, EPERM else.
+        let namespace = std::fs::File::open("/proc/self/ns/net").unwrap();
+        let error = ask(&open().unwrap(), &move_request(i32::MAX.cast_unsigned(), namespace.as_raw_fd()))
+            .unwrap_err();
+        assert!([Some(libc::ENODEV), Some(libc::EPERM)].contains(&error.raw_os_error()), "{error:?}");
     }
 
     #[test]

@@ -3,32 +3,35 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
 
 use crate::sys::{self, Fork};
+use crate::users::{self, Users};
 
 /// The sandbox's pause process, made when somebody first asks for it.
 #[derive(Debug, Default)]
-pub struct Pause(Mutex<Option<u32>>);
+pub struct Pause(Mutex<Option<PathBuf>>);
 
 impl Pause {
-    /// Its number.
+    /// The file that stands for its process numbers, which belong to the sandbox's users.
     ///
     /// # Errors
     /// When there is none and none can be made.
-    pub fn pid(&self) -> io::Result<u32> {
-        let mut pid = self.0.lock().expect("no code panics while it holds this lock");
-        if let Some(pid) = *pid
-            && Path::new(&format!("/proc/{pid}/ns/pid")).exists()
-        {
-            return Ok(pid);
+    pub fn pids(&self, users: &Users) -> io::Result<PathBuf> {
+        let mut pids = self.0.lock().expect("no code panics while it holds this lock");
+        if let Some(pids) = pids.as_ref().filter(|file| file.exists()) {
+            return Ok(pids.clone());
         }
-        let started = start()?;
-        *pid = Some(started);
+        let started = if users.exist() {
+            users::start_in_own_pids(&users.open().map_err(io::Error::other)?, || hold())?
+        } else {
+            PathBuf::from(format!("/proc/{}/ns/pid", start()?))
+        };
+        *pids = Some(started.clone());
         Ok(started)
     }
 }

@@ -5,15 +5,31 @@
 //!   `yes | head` would never end.
 //! - Seccomp of an exec: `libcontainer` 0.7 builds an exec's `linux` section anew (`adapt_spec_for_tenant`) with no
 //!   `seccomp` in it, so that exec'd processes run unfiltered. The container's filter is loaded here instead.
+//! - Users of an exec: `libcontainer` leaves a container's user namespace out of those that an exec joins. Until here the
+//!   process has been in the guest's, as the user that the container's is there; it goes over, and becomes what it was to be.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::sync::Arc;
 
 use caps::{CapSet, Capability};
+use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
+use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::default::DefaultExecutor;
-use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
-use oci_spec::runtime::{Capability as SpecCapability, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Capability as SpecCapability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
+use crate::errors::TaskError;
 use crate::sys;
+use crate::users::Users;
+
+/// Most of a container's list of users that is looked at, in bytes.
+const MAX_PASSWD: u64 = 1 << 20;
 
 /// How to become the container's program.
 #[derive(Debug, Clone, Default)]
@@ -21,6 +37,55 @@ pub struct Payload {
     exec_filter: Option<LinuxSeccomp>,
     /// CAP_SYS_ADMIN was added to what the process asked for, to load the filter, and must go again.
     borrowed_admin: bool,
+    entry: Option<Entry>,
+}
+
+/// How an exec gets among the sandbox's users.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    namespace: Arc<File>,
+    /// Its own, there.
+    capabilities: LinuxCapabilities,
+    /// Its user there, if its home is to be looked up.
+    homeless: Option<u32>,
+}
+
+impl Entry {
+    /// For `process`, which is given the guest's names for its user and groups.
+    ///
+    /// # Errors
+    /// There are no such users, or one has no place among them.
+    pub fn new(users: &Users, process: &mut Process) -> Result<Self, TaskError> {
+        let inside = process.user().clone();
+        let (uid, gid) = users.outside(inside.uid(), inside.gid())?;
+        let mut outside = inside.clone();
+        outside.set_uid(uid).set_gid(gid);
+        if let Some(groups) = inside.additional_gids() {
+            let groups = groups.iter().map(|&gid| users.outside(0, gid).map(|(_, gid)| gid));
+            outside.set_additional_gids(Some(groups.collect::<Result<_, _>>()?));
+        }
+        process.set_user(outside);
+        let has_home = process.env().iter().flatten().any(|variable| variable.starts_with("HOME="));
+        Ok(Entry {
+            namespace: Arc::new(users.open()?),
+            capabilities: process.capabilities().clone().unwrap_or_default(),
+            homeless: (!has_home).then_some(inside.uid()),
+        })
+    }
+
+    /// What has to stay open until then.
+    pub fn fd(&self) -> RawFd {
+        self.namespace.as_raw_fd()
+    }
+}
+
+/// The home of user `uid` in a list as passwd(5) has it.
+fn home(passwd: impl std::io::Read, uid: u32) -> Option<String> {
+    BufReader::new(passwd.take(MAX_PASSWD)).lines().map_while(Result::ok).find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let is_it = fields.get(2).and_then(|id| id.parse().ok()) == Some(uid);
+        fields.get(5).filter(|home| is_it && !home.is_empty()).map(|home| (*home).to_owned())
+    })
 }
 
 impl Payload {
@@ -29,12 +94,13 @@ impl Payload {
         Self::default()
     }
 
-    /// For an exec in a container with `filter`. Without no-new-privileges the kernel lets only CAP_SYS_ADMIN load
+    /// For an exec in a container with `filter`, and where its users are not the guest's, how it gets there. Without no-new-privileges the kernel lets only CAP_SYS_ADMIN load
     /// a filter (seccomp(2)), and the executor runs after capabilities are dropped; so `process` is given that
-    /// capability until then. The bounding set is left as it is.
-    pub fn exec(filter: Option<LinuxSeccomp>, process: &mut Process) -> Self {
+    /// capability until then. The bounding set is left as it is. Whoever goes to another user namespace needs it, too,
+    /// and leaves it behind.
+    pub fn exec(filter: Option<LinuxSeccomp>, entry: Option<Entry>, process: &mut Process) -> Self {
         let mut borrowed_admin = false;
-        if filter.is_some() && process.no_new_privileges() != Some(true) {
+        if entry.is_some() || filter.is_some() && process.no_new_privileges() != Some(true) {
             let mut sets = process.capabilities().clone().unwrap_or_default();
             let mut effective = sets.effective().clone().unwrap_or_default();
             let mut permitted = sets.permitted().clone().unwrap_or_default();
@@ -43,7 +109,7 @@ impl Payload {
             sets.set_effective(Some(effective)).set_permitted(Some(permitted));
             process.set_capabilities(Some(sets));
         }
-        Self { exec_filter: filter, borrowed_admin }
+        Self { exec_filter: filter, borrowed_admin, entry }
     }
 
     fn load_filter(&self) -> Result<(), String> {
@@ -54,10 +120,23 @@ impl Payload {
         Ok(())
     }
 
-    fn return_admin(&self) -> Result<(), caps::errors::CapsError> {
+    /// Among the sandbox's users every process begins with all capabilities (user_namespaces(7)).
+    fn enter(&self) -> Result<(), String> {
+        let Some(entry) = &self.entry else { return Ok(()) };
+        setns(entry.namespace.as_fd(), CloneFlags::CLONE_NEWUSER)
+            .map_err(|errno| format!("cannot enter the sandbox's user namespace: {errno}"))
+    }
+
+    fn return_admin(&self) -> Result<(), String> {
+        if let Some(entry) = &self.entry {
+            let syscall = create_syscall();
+            return drop_privileges(&entry.capabilities, syscall.as_ref()).map_err(|error| error.to_string());
+        }
         if self.borrowed_admin {
-            caps::drop(None, CapSet::Effective, Capability::CAP_SYS_ADMIN)?;
-            caps::drop(None, CapSet::Permitted, Capability::CAP_SYS_ADMIN)?;
+            let drop =
+                |set| caps::drop(None, set, Capability::CAP_SYS_ADMIN).map_err(|error| error.to_string());
+            drop(CapSet::Effective)?;
+            drop(CapSet::Permitted)?;
         }
         Ok(())
     }
@@ -69,9 +148,22 @@ impl Executor for Payload {
             // Two of them cannot be handled and cannot be ignored either.
             let _ = sys::default_signal(signal);
         }
+        self.enter().map_err(ExecutorError::Other)?;
         self.load_filter().map_err(ExecutorError::Other)?;
-        self.return_admin().map_err(|error| ExecutorError::Other(error.to_string()))?;
+        self.return_admin().map_err(ExecutorError::Other)?;
         DefaultExecutor {}.exec(spec)
+    }
+
+    fn setup_envs(&self, mut envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // The library looks for the user by the guest's number.
+        if let Some(uid) = self.entry.as_ref().and_then(|entry| entry.homeless) {
+            let found = File::open("/etc/passwd").ok().and_then(|passwd| home(passwd, uid));
+            match found {
+                Some(home) => envs.insert("HOME".to_owned(), home),
+                None => envs.remove("HOME"),
+            };
+        }
+        DefaultExecutor {}.setup_envs(envs)
     }
 
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
@@ -104,6 +196,27 @@ mod tests {
     }
 
     #[test]
+    fn a_home_is_found_by_the_users_number() {
+        let passwd =
+            "root:x:0:0::/root:/bin/sh\nbad\n\nweb:x:1000:100:Web:/home/web:/bin/sh\nnone:x:5:5:::\n";
+        let of = |uid| home(passwd.as_bytes(), uid);
+        assert_eq!((of(0).as_deref(), of(1000).as_deref()), (Some("/root"), Some("/home/web")));
+        assert_eq!((of(5), of(7)), (None, None));
+    }
+
+    #[test]
+    fn who_enters_borrows_the_capability_and_keeps_his_own_list() {
+        let mut process = process(Some(true), &[SpecCapability::Chown]);
+        let capabilities = process.capabilities().clone().unwrap();
+        let namespace = Arc::new(File::open("/dev/null").unwrap());
+        let entry = Entry { namespace, capabilities: capabilities.clone(), homeless: None };
+        let payload = Payload::exec(None, Some(entry), &mut process);
+        let permitted = process.capabilities().as_ref().unwrap().permitted().clone().unwrap();
+        assert!(permitted.contains(&SpecCapability::SysAdmin));
+        assert_eq!(payload.entry.unwrap().capabilities, capabilities);
+    }
+
+    #[test]
     fn capability_is_borrowed_only_to_load_a_filter() {
         for (nnp, filter, caps, borrowed) in [
             (None, filter(), &[][..], true),
@@ -112,7 +225,7 @@ mod tests {
             (None, filter(), &[SpecCapability::SysAdmin], false),
         ] {
             let mut process = process(nnp, caps);
-            let payload = Payload::exec(filter, &mut process);
+            let payload = Payload::exec(filter, None, &mut process);
             assert_eq!(payload.borrowed_admin, borrowed);
             let permitted = process.capabilities().as_ref().unwrap().permitted().clone().unwrap();
             assert_eq!(permitted.contains(&SpecCapability::SysAdmin), borrowed || !caps.is_empty());

@@ -7,25 +7,38 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::errors::TaskError;
 use crate::mounts;
+use crate::users::{self, Users, UsersError};
 
-/// Turns the names of containers in `linux.namespaces` into files of their first processes, whose numbers `pid_of`
-/// tells.
-pub fn join(spec: &mut Spec, pid_of: impl Fn(&str) -> Result<u32, TaskError>) -> Result<(), TaskError> {
-    let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
-    let Some(mut namespaces) = linux.namespaces().clone() else { return Ok(()) };
+/// Turns the names of containers in `linux.namespaces` into files: for process numbers that which `pids_of` tells, for
+/// users the sandbox's. Says whether the container is among the sandbox's users.
+pub fn join(
+    spec: &mut Spec,
+    users: &Users,
+    pids_of: impl Fn(&str) -> Result<PathBuf, TaskError>,
+) -> Result<bool, TaskError> {
+    let mut own_users = false;
+    let Some(mut linux) = spec.linux().clone() else { return Ok(own_users) };
+    let Some(mut namespaces) = linux.namespaces().clone() else { return Ok(own_users) };
     for namespace in &mut namespaces {
         let name =
             namespace.path().as_ref().and_then(|path| path.to_str()?.strip_prefix(CONTAINER_NAMESPACE));
         let Some(name) = name else { continue };
-        if namespace.typ() != LinuxNamespaceType::Pid {
-            return Err(TaskError::Join { kind: namespace.typ().to_string(), container: name.to_owned() });
-        }
-        let file = PathBuf::from(format!("/proc/{}/ns/pid", pid_of(name)?));
+        let file = match (namespace.typ(), name) {
+            (LinuxNamespaceType::Pid, name) => pids_of(name)?,
+            (LinuxNamespaceType::User, "") if users.exist() => {
+                own_users = true;
+                users::namespace("user")
+            }
+            (LinuxNamespaceType::User, "") => return Err(UsersError::None.into()),
+            (kind, name) => {
+                return Err(TaskError::Join { kind: kind.to_string(), container: name.to_owned() });
+            }
+        };
         namespace.set_path(Some(file));
     }
     linux.set_namespaces(Some(namespaces));
     spec.set_linux(Some(linux));
-    Ok(())
+    Ok(own_users)
 }
 
 /// Turns a mount of the sandbox's shared memory into a bind of it, which is made when first asked for.
@@ -65,7 +78,11 @@ mod tests {
     #[test]
     fn a_containers_name_becomes_a_file_of_its_first_process() {
         let mut spec = spec();
-        join(&mut spec, |name| if name == "db" { Ok(77) } else { panic!("asked for {name}") }).unwrap();
+        let file = |name: &str| {
+            assert_eq!(name, "db");
+            Ok("/proc/77/ns/pid".into())
+        };
+        assert!(!join(&mut spec, &Users::default(), file).unwrap());
         let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
         assert_eq!(namespaces[1].path().as_deref(), Some(Path::new("/proc/77/ns/pid")));
         assert_eq!(*namespaces[0].path(), None);
@@ -74,9 +91,16 @@ mod tests {
     #[test]
     fn other_namespaces_of_a_container_are_not_joined() {
         let json = serde_json::to_string(&spec()).unwrap().replace(r#""type":"pid""#, r#""type":"user""#);
-        let error = join(&mut serde_json::from_str(&json).unwrap(), |_| Ok(1)).unwrap_err();
+        let join_json = |json: &str| {
+            join(&mut serde_json::from_str(json).unwrap(), &Users::default(), |_| Ok("/x".into()))
+                .unwrap_err()
+        };
+        let error = join_json(&json);
         assert!(error.to_string().contains("user namespace of container \"db\""), "{error}");
-        let error = join(&mut spec(), |name| Err(TaskError::NoContainer(name.to_owned()))).unwrap_err();
+        let error = join_json(&json.replace("container:db", "container:"));
+        assert!(error.to_string().contains("the sandbox has none"), "{error}");
+        let none = |name: &str| Err(TaskError::NoContainer(name.to_owned()));
+        let error = join(&mut spec(), &Users::default(), none).unwrap_err();
         assert!(matches!(error, TaskError::NoContainer(_)));
     }
 

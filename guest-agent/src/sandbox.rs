@@ -1,7 +1,7 @@
 //! The Sandbox service: the guest as a whole.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,9 +18,10 @@ use nix::time::{ClockId, clock_settime};
 use tokio::sync::Notify;
 
 use crate::boot::Timeline;
-use crate::host::Host;
+use crate::container::Guest;
 use crate::launch::chain;
 use crate::tasks::Tasks;
+use crate::users::UsersError;
 use crate::{forward, log_stream, mounts, network, sys, sysctl};
 
 /// How long the answer to Shutdown may take on its way before the machine goes.
@@ -31,8 +32,8 @@ const FAREWELL: Duration = Duration::from_millis(50);
 pub struct GuestSandbox {
     /// When it started.
     pub timeline: Timeline,
-    /// Where its streams go.
-    pub host: Host,
+    /// What its containers share.
+    pub guest: Guest,
     /// Its containers.
     pub tasks: Arc<Tasks>,
     /// Told when the machine shall go.
@@ -55,6 +56,8 @@ enum SetupError {
     #[error(transparent)]
     Network(#[from] network::NetworkError),
     #[error(transparent)]
+    Users(#[from] UsersError),
+    #[error(transparent)]
     Sysctl(#[from] sysctl::SysctlError),
     #[error("cannot write file {name:?} of the pod")]
     File { name: String, source: io::Error },
@@ -62,10 +65,10 @@ enum SetupError {
 
 impl GuestSandbox {
     /// A guest that has just started.
-    pub fn new(timeline: Timeline, host: Host, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
+    pub fn new(timeline: Timeline, guest: Guest, tasks: Arc<Tasks>, farewell: Arc<Notify>) -> Self {
         Self {
             timeline,
-            host,
+            guest,
             tasks,
             farewell,
             kernel_log: AtomicBool::new(false),
@@ -84,6 +87,10 @@ impl GuestSandbox {
             clock_settime(ClockId::CLOCK_REALTIME, now)
                 .map_err(|errno| SetupError::Clock { ns: request.realtime_ns, source: errno.into() })?;
         }
+        // The name and the network are theirs.
+        if let Some(users) = request.users.as_ref() {
+            self.guest.users.set_up(users)?;
+        }
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname).map_err(|errno| SetupError::Hostname {
                 name: request.hostname.clone(),
@@ -97,11 +104,21 @@ impl GuestSandbox {
         if !self.network.swap(true, Ordering::Relaxed) {
             network::apply(&request.network)?;
         }
-        sysctl::set(&request.sysctls)?;
+        sysctl::set(&request.sysctls, &self.guest.users)?;
         for (name, content) in &request.files {
-            write_file(name, content).map_err(|source| SetupError::File { name: name.clone(), source })?;
+            write_file(name, content)
+                .and_then(|file| self.give_to_root(&file))
+                .map_err(|source| SetupError::File { name: name.clone(), source })?;
         }
         Ok(())
+    }
+
+    /// Has the containers' root own a file.
+    fn give_to_root(&self, file: &Path) -> io::Result<()> {
+        match self.guest.users.outside(0, 0) {
+            Ok((uid, gid)) => std::os::unix::fs::chown(file, Some(uid), Some(gid)),
+            Err(_) => Ok(()),
+        }
     }
 }
 
@@ -149,7 +166,7 @@ impl Sandbox for GuestSandbox {
     }
 
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
-        forward::open(&self.host, &request)
+        forward::open(&self.guest.host, &request)
             .await
             .map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error))))?;
         Ok(ForwardResponse::new())
@@ -167,13 +184,15 @@ impl Sandbox for GuestSandbox {
 }
 
 /// Puts a file where containers can bind it.
-fn write_file(name: &str, content: &[u8]) -> io::Result<()> {
+fn write_file(name: &str, content: &[u8]) -> io::Result<PathBuf> {
     if name.is_empty() || name.starts_with('.') || name.contains('/') {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let dir = Path::new(agent_api::FILES_PATH);
     std::fs::create_dir_all(dir)?;
-    std::fs::write(dir.join(name), content)
+    let file = dir.join(name);
+    std::fs::write(&file, content)?;
+    Ok(file)
 }
 
 fn kernel_release() -> String {

@@ -8,6 +8,8 @@ use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::users::Users;
+
 const ROOT: &str = "/proc/sys";
 
 /// Parameters of an IPC namespace (ipc_namespaces(7)).
@@ -42,26 +44,25 @@ pub enum SysctlError {
 }
 
 /// Sets what is the sandbox's and takes it out of the configuration.
-pub fn apply(spec: &mut Spec) -> Result<(), SysctlError> {
+pub fn apply(spec: &mut Spec, users: &Users) -> Result<(), SysctlError> {
     let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
     let own_ipc = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Ipc);
     let all = linux.sysctl().clone().unwrap_or_default();
     let (container, sandbox): (HashMap<_, _>, HashMap<_, _>) =
         all.into_iter().partition(|(name, _)| own_ipc && is_ipc(name));
-    set(&sandbox)?;
+    set(&sandbox, users)?;
     linux.set_sysctl(Some(container).filter(|container| !container.is_empty()));
     spec.set_linux(Some(linux));
     Ok(())
 }
 
-/// Sets parameters of the whole guest.
-pub fn set(parameters: &HashMap<String, String>) -> Result<(), SysctlError> {
+/// Sets parameters of the whole guest. Those of an IPC namespace are for the root of its users alone.
+pub fn set(parameters: &HashMap<String, String>, users: &Users) -> Result<(), SysctlError> {
     for (name, value) in parameters {
-        std::fs::write(file(name)?, value).map_err(|source| SysctlError::Set {
-            name: name.clone(),
-            value: value.clone(),
-            source,
-        })?;
+        let file = file(name)?;
+        let write = || std::fs::write(file, value);
+        let written = if users.exist() && is_ipc(name) { users.as_root(write) } else { write() };
+        written.map_err(|source| SysctlError::Set { name: name.clone(), value: value.clone(), source })?;
     }
     Ok(())
 }
@@ -109,12 +110,12 @@ mod tests {
             serde_json::from_str::<Spec>(&text).unwrap()
         };
         let mut own = json("ipc");
-        apply(&mut own).unwrap();
+        apply(&mut own, &Users::default()).unwrap();
         assert_eq!(own.linux().as_ref().unwrap().sysctl().as_ref().unwrap()["kernel.sem"], "1 2 3 4");
         let mut none: Spec = json("mount");
         let mut linux = none.linux().clone().unwrap();
         linux.set_sysctl(Some([("kernel/../x".to_owned(), "1".to_owned())].into()));
         none.set_linux(Some(linux));
-        assert!(matches!(apply(&mut none), Err(SysctlError::Name(_))));
+        assert!(matches!(apply(&mut none, &Users::default()), Err(SysctlError::Name(_))));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -57,7 +58,7 @@ impl Tasks {
             Entry::Occupied(_) => return Err(TaskError::Exists(request.id.clone())),
             Entry::Vacant(entry) => entry.insert(Slot::Creating),
         };
-        match Container::create(&self.guest, request, |id| self.running_pid(id)).await {
+        match Container::create(&self.guest, request, |id| self.pids_of(id)).await {
             Ok(container) => {
                 let pid = container.init.pid();
                 self.slots().insert(request.id.clone(), Slot::There(Arc::new(container)));
@@ -70,15 +71,17 @@ impl Tasks {
         }
     }
 
-    /// The guest's number of a running container's first process.
-    /// Without a name, of the sandbox's own.
-    fn running_pid(&self, id: &str) -> Result<u32, TaskError> {
+    /// The file that stands for a running container's process numbers; without a name, for the sandbox's own.
+    fn pids_of(&self, id: &str) -> Result<PathBuf, TaskError> {
         if id.is_empty() {
-            return self.pause.pid().map_err(TaskError::io("make the sandbox's pause process"));
+            return self
+                .pause
+                .pids(&self.guest.users)
+                .map_err(TaskError::io("make the sandbox's pause process"));
         }
         let container = self.container(id)?;
         match container.init.phase() {
-            Phase::Created | Phase::Running => Ok(container.init.pid()),
+            Phase::Created | Phase::Running => Ok(format!("/proc/{}/ns/pid", container.init.pid()).into()),
             Phase::Stopped(_) => Err(TaskError::State { what: "join it", state: "stopped" }),
         }
     }

@@ -28,6 +28,7 @@ pub mod image;
 pub mod log_line;
 pub mod sandbox;
 pub mod stream;
+pub mod users;
 
 /// containerd's Task service, asynchronous: messages, client ([`task::TaskClient`]) and server trait
 /// ([`task::Task`], [`task::create_task`]).
@@ -73,6 +74,9 @@ pub const RESOURCES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime
 /// Beginning of a namespace's path that names a container of the sandbox by its id, instead of a file; without an id, the
 /// sandbox itself, which then has a process of its own for it.
 pub const CONTAINER_NAMESPACE: &str = "container:";
+
+/// Where the agent keeps the sandbox's own namespaces, each below its name in `/proc/PID/ns`, once it has some.
+pub const NAMESPACES_PATH: &str = "/run/ctvm/ns";
 
 /// `source` of a tmpfs that is the sandbox's one shared memory, of the size that its first user says.
 pub const SANDBOX_SHM: &str = "ctvm-sandbox-shm";
