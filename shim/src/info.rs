@@ -21,12 +21,12 @@ pub fn runtime_info() -> Vec<u8> {
             "bind", "rbind", "ro", "rro", "rw", "nosuid", "nodev", "noexec", "private", "rprivate", "slave", "rslave"
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "pid", "user", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } }
+            "mountExtensions": { "idmap": { "enabled": true } }
         }
     });
     let mut any = Any::new();
@@ -53,5 +53,8 @@ mod tests {
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
         // By this one CRI offers recursively read-only mounts.
         assert!(features["mountOptions"].as_array().unwrap().contains(&"rro".into()));
+        // And by these two the kubelet gives it pods with users of their own.
+        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&"user".into()));
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
     }
 }

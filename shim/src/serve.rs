@@ -112,7 +112,10 @@ async fn serve(
     server = server.register_service(streaming::service(&sandbox.streaming));
     if let Some(overview) = overview {
         let (booting, config) = (sandbox.clone(), sandbox.config.clone());
-        tokio::spawn(async move { booting.boot(&overview, Extras::default(), config, &mut slot).await });
+        // Maps that cannot be are `Create`'s to refuse.
+        let extras = Extras { users: overview.users().unwrap_or_default(), ..Extras::default() };
+        sandbox.have_users(extras.users.as_ref());
+        tokio::spawn(async move { booting.boot(&overview, extras, config, &mut slot).await });
     } else {
         sandbox.await_pod(slot);
     }

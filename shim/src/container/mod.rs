@@ -29,6 +29,7 @@ pub mod overview;
 pub mod rootfs;
 pub mod spec;
 pub mod stats_v1;
+pub mod users;
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,10 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
+use agent_api::users::IdMaps;
+
 use super::devices::{self, Device, DeviceError, HostDisk, Rule};
 use super::hooks::Hooks;
 use super::limits::Limits;
 use super::spec::SpecError;
+use super::users::{self, IdMapping};
 
 /// What the shim itself reads from a configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
@@ -46,6 +49,10 @@ pub struct OverviewLinux {
     pub resources: OverviewResources,
     /// Devices.
     pub devices: Vec<Device>,
+    /// Users of its user namespace.
+    pub uid_mappings: Vec<IdMapping>,
+    /// Groups of it.
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 /// `linux.resources`.
@@ -160,6 +167,16 @@ impl Overview {
     pub fn network(&self) -> Option<&Path> {
         let mut namespaces = self.linux.namespaces.iter();
         namespaces.find(|namespace| namespace.kind == "network").map(|namespace| namespace.path.as_path())
+    }
+
+    /// The users and groups that it has to itself, if it is to have some.
+    ///
+    /// # Errors
+    /// [`SpecError::Users`].
+    pub fn users(&self) -> Result<Option<IdMaps>, SpecError> {
+        let asked = self.linux.namespaces.iter().any(|namespace| namespace.kind == "user");
+        let maps = asked.then(|| users::namespace(&self.linux.uid_mappings, &self.linux.gid_mappings));
+        Ok(maps.transpose()?)
     }
 
     /// The block devices that it asks for.

@@ -12,13 +12,19 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use agent_api::users::IdMaps;
+
 use crate::container::image::{self, ImageError, ImageRoot};
+use crate::container::spec::IdMapped;
+use crate::container::users;
 use containerd_shim_protos::api::Mount;
 use rustix::fs::{CWD, Mode, OFlags, open, statfs};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive,
     mount_change, open_tree, unmount,
 };
+
+mod id_map;
 
 /// A root file system or bind that cannot be shown to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +73,17 @@ pub enum RootfsError {
     TooLong {
         /// How long they are.
         length: usize,
+    },
+    /// Owners cannot be shifted there.
+    #[error(
+        "id-mapped mount of {path}: its file system, or this kernel, may have none (overlay, NFS; tmpfs before Linux 6.3)"
+    )]
+    IdMap {
+        /// Of what.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
     },
     /// The kernel refused.
     #[error("{what} {path}")]
@@ -119,6 +136,8 @@ pub enum Layer {
         rest: Vec<String>,
         /// Nothing may be written.
         read_only: bool,
+        /// Owners of files in `lowerdir` are shifted; those in the upper directory are as they should be.
+        maps: Option<IdMaps>,
     },
     /// A directory as it is.
     Bind {
@@ -128,6 +147,8 @@ pub enum Layer {
         recursive: bool,
         /// Nothing may be written.
         read_only: bool,
+        /// Owners of its files are shifted.
+        maps: Option<IdMaps>,
     },
 }
 
@@ -175,6 +196,7 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
     let mut recursive = kind == "rbind";
     let mut lower = Vec::new();
     let mut rest = Vec::new();
+    let (mut uids, mut gids) = (None, None);
     for option in &mount.options {
         let refused = || RootfsError::Option { kind: kind.to_owned(), option: option.clone() };
         match option.as_str() {
@@ -185,6 +207,12 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
             o if o.starts_with("X-containerd.") || o == "loop" || o.starts_with("loop=") => {
                 return Err(refused());
             }
+            o if o.starts_with("uidmap=") => {
+                uids = Some(users::option(&o["uidmap=".len()..]).ok_or_else(refused)?);
+            }
+            o if o.starts_with("gidmap=") => {
+                gids = Some(users::option(&o["gidmap=".len()..]).ok_or_else(refused)?);
+            }
             o if is_bind && matches!(o, "nosuid" | "nodev" | "noexec" | "noatime" | "relatime") => {}
             _ if is_bind => return Err(refused()),
             o => match o.strip_prefix("lowerdir=") {
@@ -194,32 +222,51 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
         }
     }
     let incomplete = |what| RootfsError::Incomplete { kind: kind.to_owned(), what };
+    let maps = match (uids, gids) {
+        (Some(uids), Some(gids)) => Some(IdMaps { uids, gids }),
+        (None, None) => None,
+        (Some(_), None) => return Err(incomplete("gidmap beside its uidmap")),
+        (None, Some(_)) => return Err(incomplete("uidmap beside its gidmap")),
+    };
     if is_bind {
         if mount.source.is_empty() {
             return Err(incomplete("source"));
         }
-        return Ok(Layer::Bind { source: mount.source.clone().into(), recursive, read_only });
+        return Ok(Layer::Bind { source: mount.source.clone().into(), recursive, read_only, maps });
     }
     if lower.is_empty() {
         return Err(incomplete("lowerdir"));
     }
-    Ok(Layer::Overlay { lower, rest, read_only })
+    Ok(Layer::Overlay { lower, rest, read_only, maps })
 }
 
 /// Puts `layers` together, each over the one before, and returns a descriptor of the result. `at` is an empty
-/// directory of ours, in use for a moment.
+/// directory of ours, and `stage` one that is not there yet, both in use for a moment.
 ///
 /// # Errors
-/// [`RootfsError::Os`] and [`RootfsError::TooLong`]; nothing stays mounted then.
-pub fn assemble(layers: &[Layer], at: &Path) -> Result<OwnedFd, RootfsError> {
-    if let [Layer::Bind { source, recursive, .. }] = layers {
-        return clone_tree(source, *recursive);
+/// [`RootfsError::Os`], [`RootfsError::TooLong`] and [`RootfsError::IdMap`]; nothing stays mounted then.
+pub fn assemble(layers: &[Layer], at: &Path, stage: &Path) -> Result<OwnedFd, RootfsError> {
+    if let [Layer::Bind { source, recursive, maps, .. }] = layers {
+        let tree = clone_tree(source, *recursive)?;
+        if let Some(maps) = maps {
+            id_map::shift(&tree, source, maps, *recursive)?;
+        }
+        return Ok(tree);
     }
     std::fs::create_dir_all(at).map_err(os("making directory", at))?;
     let mut made = MountPoint { path: at, count: 0 };
     for layer in layers {
         match layer {
-            Layer::Overlay { lower, rest, .. } => mount_overlay(lower, rest, at)?,
+            Layer::Overlay { lower, rest, maps: None, .. } => mount_overlay(lower, rest, at)?,
+            Layer::Overlay { lower, rest, maps: Some(maps), .. } => {
+                let shifted = id_map::Layers::mount(lower, maps, stage)?;
+                mount_overlay(shifted.paths(), rest, at)?;
+            }
+            Layer::Bind { source, recursive, maps: Some(maps), .. } => {
+                let tree = clone_tree(source, *recursive)?;
+                id_map::shift(&tree, source, maps, *recursive)?;
+                id_map::attach(&tree, at)?;
+            }
             Layer::Bind { source, recursive: true, .. } => {
                 mount_bind_recursive(source, at).map_err(errno("binding", source))?;
             }
@@ -358,16 +405,24 @@ pub struct HostTree {
 
 /// Makes `source` available as a directory. A single file is put into an otherwise empty directory made at `stage`,
 /// so that its neighbours stay out of the guest's sight. With `live`, what the host mounts below a directory later is
-/// seen as well.
+/// seen as well; with `map`, the owners of files are shifted.
 ///
 /// # Errors
-/// [`RootfsError::Os`] and [`RootfsError::Special`].
-pub fn host_tree(source: &Path, stage: &Path, live: bool) -> Result<HostTree, RootfsError> {
+/// [`RootfsError::Os`], [`RootfsError::Special`] and [`RootfsError::IdMap`].
+pub fn host_tree(
+    source: &Path,
+    stage: &Path,
+    live: bool,
+    map: Option<&IdMapped>,
+) -> Result<HostTree, RootfsError> {
     let kind = std::fs::metadata(source).map_err(os("bind mount of", source))?.file_type();
     if kind.is_dir() {
         // Mounts do not propagate into a detached tree (before Linux 6.15), but a walk from a directory of the host's
         // own tree crosses into them.
         let dir = if live { open_directory(source)? } else { clone_tree(source, true)? };
+        if let Some(IdMapped { maps, recursive }) = map {
+            id_map::shift(&dir, source, maps, *recursive)?;
+        }
         return Ok(HostTree { dir, file: None });
     }
     for (is, name) in [
@@ -388,7 +443,14 @@ pub fn host_tree(source: &Path, stage: &Path, live: bool) -> Result<HostTree, Ro
     mount_change(stage, MountPropagationFlags::PRIVATE).map_err(errno("making private", stage))?;
     let file = stage.join(&name);
     std::fs::write(&file, []).map_err(os("making file", &file))?;
-    mount_bind(source, &file).map_err(errno("binding", source))?;
+    match map {
+        None => mount_bind(source, &file).map_err(errno("binding", source))?,
+        Some(IdMapped { maps, .. }) => {
+            let tree = clone_tree(source, false)?;
+            id_map::shift(&tree, source, maps, false)?;
+            id_map::attach(&tree, &file)?;
+        }
+    }
     let _file = MountPoint { path: &file, count: 1 };
     Ok(HostTree { dir: clone_tree(stage, true)?, file: Some(name) })
 }
@@ -443,7 +505,7 @@ mod tests {
         let upper = format!("upperdir={snapshots}/3/fs");
         let work = format!("workdir={snapshots}/3/work");
         let layers = layers(&[mount_of("overlay", "overlay", &["index=off", &work, &upper, &lower])]);
-        let [Layer::Overlay { lower, rest, read_only: false }] = layers.as_slice() else {
+        let [Layer::Overlay { lower, rest, read_only: false, maps: None }] = layers.as_slice() else {
             panic!("{layers:?}")
         };
         assert_eq!(lower.len(), 2);
@@ -457,8 +519,24 @@ mod tests {
     #[test]
     fn binds_of_a_view_are_read_only() {
         let layers = layers(&[mount_of("bind", "/srv/rootfs", &["ro", "rbind"])]);
-        assert_eq!(layers, [Layer::Bind { source: "/srv/rootfs".into(), recursive: true, read_only: true }]);
+        assert_eq!(
+            layers,
+            [Layer::Bind { source: "/srv/rootfs".into(), recursive: true, read_only: true, maps: None }]
+        );
         assert!(layers[0].read_only());
+    }
+
+    #[test]
+    fn both_maps_of_a_mount_are_read() {
+        let options = ["lowerdir=/a:/b", "uidmap=0:100000:65536", "gidmap=0:200000:65536"];
+        let layers = layers(&[mount_of("overlay", "overlay", &options)]);
+        let [Layer::Overlay { maps: Some(maps), rest, .. }] = layers.as_slice() else { panic!("{layers:?}") };
+        assert_eq!((maps.uids.outside(1), maps.gids.outside(1)), (Some(100_001), Some(200_001)));
+        assert!(rest.is_empty());
+        let error = |options: &[&str]| parse(&[mount_of("overlay", "o", options)]).unwrap_err().to_string();
+        assert!(error(&options[..2]).contains("has no gidmap beside its uidmap"));
+        assert!(error(&[options[0], options[2]]).contains("has no uidmap"));
+        assert!(error(&[options[0], "uidmap=0:1"]).contains("option \"uidmap=0:1\" of the overlay mount"));
     }
 
     #[test]
@@ -525,10 +603,10 @@ mod tests {
         std::fs::write(lower[59].join("base"), "bottom").unwrap();
         let (upper, work, at) = (dir("upper"), dir("work"), dir("rootfs"));
         let rest = vec![format!("upperdir={}", upper.display()), format!("workdir={}", work.display())];
-        let layers = [Layer::Overlay { lower: lower.clone(), rest, read_only: false }];
+        let layers = [Layer::Overlay { lower: lower.clone(), rest, read_only: false, maps: None }];
         assert!(overlay_data(&lower, &[]).len() > MAX_DATA);
         let cwd = std::env::current_dir().unwrap();
-        let root = assemble(&layers, &at).unwrap();
+        let root = assemble(&layers, &at, Path::new("/unused")).unwrap();
         assert_eq!(std::env::current_dir().unwrap(), cwd);
         assert_eq!(mounts_below(tmp.path()), 0);
         assert_eq!(read_below(&root, "file").unwrap(), "top");
@@ -550,7 +628,7 @@ mod tests {
             (tmp.path().join("secret"), tmp.path().join("hosts"), tmp.path().join("stage"));
         std::fs::write(&secret, "s").unwrap();
         std::fs::write(&hosts, "one").unwrap();
-        let tree = host_tree(&hosts, &stage, false).unwrap();
+        let tree = host_tree(&hosts, &stage, false, None).unwrap();
         assert_eq!(tree.file.as_deref(), Some("hosts".as_ref()));
         assert_eq!(mounts_below(tmp.path()), 0);
         assert_eq!(read_below(&tree.dir, "hosts").unwrap(), "one");
@@ -571,14 +649,14 @@ mod tests {
         }
         let tmp = tempfile::tempdir().unwrap();
         std::fs::write(tmp.path().join("x"), "y").unwrap();
-        let tree = host_tree(tmp.path(), Path::new("/unused"), false).unwrap();
+        let tree = host_tree(tmp.path(), Path::new("/unused"), false, None).unwrap();
         assert_eq!((tree.file, read_below(&tree.dir, "x").unwrap().as_str()), (None, "y"));
         let _listener = std::os::unix::net::UnixListener::bind(tmp.path().join("s")).unwrap();
-        let e = host_tree(&tmp.path().join("s"), Path::new("/unused"), false).unwrap_err();
+        let e = host_tree(&tmp.path().join("s"), Path::new("/unused"), false, None).unwrap_err();
         assert!(e.to_string().contains("a socket of the host"), "{e}");
-        let e = host_tree("/dev/null".as_ref(), Path::new("/unused"), false).unwrap_err();
+        let e = host_tree("/dev/null".as_ref(), Path::new("/unused"), false, None).unwrap_err();
         assert!(e.to_string().contains("a character device"), "{e}");
-        let e = host_tree("/nonexistent".as_ref(), Path::new("/unused"), false).unwrap_err();
+        let e = host_tree("/nonexistent".as_ref(), Path::new("/unused"), false, None).unwrap_err();
         assert!(e.to_string().contains("/nonexistent"), "{e}");
     }
 }

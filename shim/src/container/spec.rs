@@ -8,8 +8,10 @@
 //! | `root.path` | the container's directory in the share | the guest has its own tree |
 //! | `mounts` of kind bind | a share of their own; `/dev/shm` the pod's own tmpfs | host paths mean nothing in the guest |
 //! | `linux.namespaces`: `network`, `ipc` and `uts` of a pod | removed: the guest's own are used | the VM is the pod, and has the interfaces of its network namespace |
+//! | a `user` namespace, `uidMappings`, `gidMappings` | the sandbox's, which the agent makes with the same maps | the network and the like belong to it |
 //! | a `pid` namespace of another container | named by that container's id | its number on this host is one the shim made up |
 //! | no `pid`, no `ipc` namespace | refused | that asks for the host's processes and memory |
+//! | a bind with `uidMappings` and `gidMappings`, or `idmap` | a share of an id-mapped mount | FUSE in the guest has none |
 //! | `linux.cgroupsPath` | `/ctvm/<id>` | the guest's tree is flat |
 //! | `linux.devices` | block devices become disks, others are the guest's own or refused ([`devices`](super::devices)) | host numbers |
 //! | `linux.resources`: cpuset, block, network, rdma | removed | host numbers, or not in the guest |
@@ -19,6 +21,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agent_api::users::{IdMapError, IdMaps};
 use agent_api::{HUGE_PAGES, SANDBOX_SHM};
 use serde_json::{Map, Value, json};
 
@@ -69,11 +72,30 @@ pub enum SpecError {
         /// Kind of namespace.
         kind: &'static str,
     },
-    /// A user namespace in a pod.
+    /// Maps that no user namespace can have.
+    #[error("config.json: user namespace: {0}")]
+    Users(#[from] IdMapError),
+    /// Other users than those that the pod has.
+    #[error("config.json: the container {asked}, and its pod {pod}: containers of a pod have the same users")]
+    OtherUsers {
+        /// What it asks for.
+        asked: &'static str,
+        /// What there is.
+        pod: &'static str,
+    },
+    /// A pod with users of its own that has no network yet.
     #[error(
-        "config.json: a user namespace for a pod is not supported, since the pod's network and IPC are those of the VM: set hostUsers, the VM keeps the pod's users apart from the host's"
+        "config.json: a pod with a user namespace has to bring the network namespace that belongs to it, as containerd does since 2.1; until then it expects the runtime to make that, which a VM that has booted without a network cannot"
     )]
-    UserNamespace,
+    UsersNetwork,
+    /// An id-mapped mount without a map, or with one that cannot be.
+    #[error("config.json: the id-mapped mount at {destination:?} {why}")]
+    IdMapped {
+        /// Where it should go.
+        destination: String,
+        /// What is wrong.
+        why: String,
+    },
     /// A namespace of another process.
     #[error("config.json: joining the {kind} namespace {path:?} is not possible in a sandbox")]
     Namespace {
@@ -106,6 +128,17 @@ pub struct Bind {
     pub read_only: bool,
     /// What the host mounts below it later shows too.
     pub live: bool,
+    /// Its files' owners are shifted.
+    pub map: Option<IdMapped>,
+}
+
+/// How the owners of files are shifted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdMapped {
+    /// From those of the files to those that are shown.
+    pub maps: IdMaps,
+    /// In the mounts below, too.
+    pub recursive: bool,
 }
 
 /// Where containers have the pod's shared memory.
@@ -123,6 +156,8 @@ pub struct Place<'a> {
     pub share_path: &'a str,
     /// The container of this sandbox that has that process number on this host.
     pub container_of: &'a dyn Fn(u32) -> Option<String>,
+    /// The sandbox's users, if they are not the guest's.
+    pub users: Option<&'a IdMaps>,
 }
 
 impl std::fmt::Debug for Place<'_> {

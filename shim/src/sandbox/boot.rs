@@ -430,6 +430,7 @@ fn setup_request(plan: &Plan, network: &[NetworkStep]) -> std::io::Result<SetupR
     request.hostname.clone_from(&plan.hostname);
     request.sysctls.clone_from(&plan.extras.sysctls);
     request.files.clone_from(&plan.extras.files);
+    request.users = plan.extras.users.as_ref().map(Into::into).into();
     request.entropy = vec![0; ENTROPY];
     File::open("/dev/urandom")?.read_exact(&mut request.entropy)?;
     request.share_tag = SHARE_TAG.to_owned();

@@ -36,6 +36,10 @@ use crate::sandbox::streams::Expected;
 /// the news to overtake nothing.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Why a container has no image with users of its own: nobody shifts the owners of an image's files.
+const IMAGE_WITH_USERS: &str = "a container in a user namespace cannot have an image that comes as it is read (Nydus) \
+     for its root: use a snapshotter that unpacks it (overlayfs), or set hostUsers";
+
 /// How the guest sees a host directory.
 #[derive(Debug, Clone, Copy)]
 struct ShareOptions {
@@ -116,7 +120,8 @@ impl Sandbox {
             .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
         let config = spec::parse(&config)?;
         let overview = Overview::of(&config)?;
-        let place = Place { id, share_path: SHARE_PATH, container_of: &|pid| self.container_with_pid(pid) };
+        let container_of = &|pid| self.container_with_pid(pid);
+        let place = Place { id, share_path: SHARE_PATH, container_of, users: self.users() };
         let mut guest = spec::for_guest(config, overview.role(), place)?;
         if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(spec::SHM_SIZE)) {
             guest.set_shm_size(size);
@@ -133,6 +138,9 @@ impl Sandbox {
         container.set_hooks(overview.hooks.clone(), subject(&container.id, &container.bundle, &overview));
         let root = rootfs::parse(&request.rootfs)?;
         if let rootfs::Root::Image(image) = &root {
+            if self.users().is_some() {
+                return Err(TaskError::Request(IMAGE_WITH_USERS));
+            }
             for warning in &image.warnings {
                 log::warn!(container:% = id; "{warning}");
             }
@@ -151,7 +159,8 @@ impl Sandbox {
         }
         let rootfs = match root {
             rootfs::Root::Tree(layers) => {
-                let (root, options) = tree(bundle, &layers, &overview)?;
+                let stage = self.state_dir.join("layers").join(id);
+                let (root, options) = tree(bundle, &layers, &overview, &stage)?;
                 self.share(&vm, container, id, root, options).await?;
                 Vec::new()
             }
@@ -165,7 +174,8 @@ impl Sandbox {
                 guest.set_huge_pages(index, &volume, page);
                 continue;
             }
-            let tree = rootfs::host_tree(&bind.source, &self.bind_stage(&bind.share), bind.live)?;
+            let stage = self.bind_stage(&bind.share);
+            let tree = rootfs::host_tree(&bind.source, &stage, bind.live, bind.map.as_ref())?;
             if let Some(file) = &tree.file {
                 let in_guest = Path::new(SHARE_PATH).join(&bind.share).join(file);
                 guest.set_bind_source(index, &in_guest);
@@ -360,15 +370,16 @@ fn tree(
     bundle: &Path,
     layers: &[rootfs::Layer],
     overview: &Overview,
+    stage: &Path,
 ) -> Result<(OwnedFd, ShareOptions), TaskError> {
     if layers.is_empty() {
         // A directory that is there already: `ctr run --rootfs`, or mounts that containerd made itself.
         let path = bundle.join(&overview.root.path);
-        let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false };
+        let layer = rootfs::Layer::Bind { source: path, recursive: true, read_only: false, maps: None };
         let options = ShareOptions { read_only: false, cache: FsCache::Shared, layer: false };
-        return Ok((rootfs::assemble(&[layer], bundle)?, options));
+        return Ok((rootfs::assemble(&[layer], bundle, stage)?, options));
     }
-    let root = rootfs::assemble(layers, &bundle.join("rootfs"))?;
+    let root = rootfs::assemble(layers, &bundle.join("rootfs"), stage)?;
     // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
     let read_only = layers.iter().any(rootfs::Layer::read_only);
     Ok((root, ShareOptions { read_only, cache: FsCache::Exclusive, layer: false }))

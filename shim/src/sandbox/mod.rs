@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use agent_api::users::IdMaps;
 use tokio::sync::{mpsc, watch};
 
 use crate::clock;
@@ -79,6 +80,8 @@ pub struct Sandbox {
     home_groups: tokio::sync::Mutex<Vec<PathBuf>>,
     /// For a sandbox of the Sandbox API alone.
     pod: Mutex<Option<PodLife>>,
+    /// The containers' users, if they are not the guest's.
+    users: OnceLock<IdMaps>,
 }
 
 /// How far the end of the sandbox is.
@@ -134,12 +137,26 @@ impl Sandbox {
             closing: watch::Sender::new(Closing::No),
             home_groups: tokio::sync::Mutex::default(),
             pod: Mutex::default(),
+            users: OnceLock::new(),
         }))
     }
 
     /// Has the Sandbox API make the pod; its VMM is spawned with `slot`.
     pub fn await_pod(&self, slot: ControlSlot) {
         *self.pod.lock().expect("no code panics while it holds this lock") = Some(PodLife::awaited(slot));
+    }
+
+    /// Notes that the containers have users of their own, before there is one of them. To be called once.
+    pub fn have_users(&self, users: Option<&IdMaps>) {
+        if let Some(users) = users {
+            // A second pod is refused before it comes here.
+            let _ = self.users.set(users.clone());
+        }
+    }
+
+    /// The containers' users, if they are not the guest's.
+    fn users(&self) -> Option<&IdMaps> {
+        self.users.get()
     }
 
     /// Boots the VM for a pod of this configuration. To be called once.

@@ -8,12 +8,14 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use agent_api::FILES_PATH;
+use agent_api::users::IdMaps;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use protobuf::Message as _;
 use serde_json::json;
 
 use crate::container::overview::{Overview, OverviewNamespace};
 use crate::container::spec::{SHM, SHM_SIZE, shm_mount};
+use crate::container::users::{self, IdMapping};
 use crate::error::TaskError;
 
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction)]
@@ -21,7 +23,7 @@ mod cri {
     include!(concat!(env!("OUT_DIR"), "/cri.rs"));
 }
 
-use cri::{DnsConfig, NamespaceMode, PodSandboxConfig};
+use cri::{DnsConfig, IDMapping, NamespaceMode, PodSandboxConfig, UserNamespace};
 
 /// Ending of the `type_url` under which CRI passes a pod's configuration.
 const CONFIG_TYPE: &str = "PodSandboxConfig";
@@ -37,6 +39,8 @@ pub struct Extras {
     pub sysctls: HashMap<String, String>,
     /// Files for containers, by name.
     pub files: HashMap<String, Vec<u8>>,
+    /// Users of its own.
+    pub users: Option<IdMaps>,
 }
 
 /// Reads what containerd asks for.
@@ -58,13 +62,28 @@ pub fn read(request: &CreateSandboxRequest) -> Result<(Overview, Extras), TaskEr
     if options.is_some_and(|o| o.ipc.enum_value() == Ok(NamespaceMode::NODE)) {
         return Err(wrong("the host's IPC cannot be used from a VM (hostIPC)"));
     }
-    let users = options.and_then(|o| o.userns_options.as_ref());
-    if users.is_some_and(|users| users.mode.enum_value() == Ok(NamespaceMode::POD)) {
-        return Err(wrong("a user namespace for a pod is not supported: set hostUsers"));
-    }
+    let users = match options.and_then(|o| o.userns_options.as_ref()) {
+        Some(users) => users_of(users).map_err(|e| TaskError::Pod(format!("user namespace: {e}")))?,
+        None => None,
+    };
     let hostname = if config.hostname.is_empty() { &request.sandbox_id } else { &config.hostname };
-    let extras = Extras { sysctls: config.linux.sysctls.clone(), files: files(hostname, &config.dns_config) };
+    let sysctls = config.linux.sysctls.clone();
+    let extras = Extras { sysctls, files: files(hostname, &config.dns_config), users };
     Ok((overview(request, &config, hostname), extras))
+}
+
+fn users_of(users: &UserNamespace) -> Result<Option<IdMaps>, String> {
+    match users.mode.enum_value() {
+        Ok(NamespaceMode::NODE) => return Ok(None),
+        Ok(NamespaceMode::POD) => {}
+        _ => return Err("its mode is neither POD nor NODE".to_owned()),
+    }
+    let mappings = |list: &[IDMapping]| -> Vec<IdMapping> {
+        let mapping =
+            |m: &IDMapping| IdMapping { inside: m.container_id, outside: m.host_id, count: m.length };
+        list.iter().map(mapping).collect()
+    };
+    users::namespace(&mappings(&users.uids), &mappings(&users.gids)).map(Some).map_err(|e| e.to_string())
 }
 
 fn overview(request: &CreateSandboxRequest, config: &PodSandboxConfig, hostname: &str) -> Overview {
@@ -179,6 +198,25 @@ mod tests {
         let resolv = String::from_utf8(extras.files["resolv.conf"].clone()).unwrap();
         assert_eq!(resolv, "search a.example b.example\nnameserver 10.0.0.10\noptions ndots:5\n");
         assert_eq!(extras.files["hostname"], b"web\n");
+    }
+
+    #[test]
+    fn a_pods_users_are_read() {
+        let mapping = IDMapping { host_id: 100_000, length: 65_536, ..IDMapping::default() };
+        let users = |mode: NamespaceMode, gids: Vec<IDMapping>| {
+            let mut config = PodSandboxConfig::new();
+            let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let options = context.namespace_options.mut_or_insert_default();
+            let uids = vec![mapping.clone()];
+            let users = UserNamespace { mode: mode.into(), uids, gids, ..UserNamespace::default() };
+            options.userns_options = MessageField::some(users);
+            read(&request(&config)).map(|(_, extras)| extras.users).map_err(|e| e.to_string())
+        };
+        let maps = users(NamespaceMode::POD, vec![mapping.clone()]).unwrap().unwrap();
+        assert_eq!(maps.gids.outside(5), Some(100_005));
+        assert_eq!(users(NamespaceMode::NODE, vec![]), Ok(None));
+        assert!(users(NamespaceMode::POD, vec![]).unwrap_err().contains("a map of 0 ranges"));
+        assert!(users(NamespaceMode::CONTAINER, vec![]).unwrap_err().contains("neither POD nor NODE"));
     }
 
     #[test]

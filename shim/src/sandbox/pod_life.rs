@@ -63,6 +63,7 @@ impl Sandbox {
             })
             .flatten()
             .ok_or_else(|| TaskError::Exists(request.sandbox_id.clone()))?;
+        self.have_users(extras.users.as_ref());
         let sandbox = self.clone();
         tokio::spawn(async move { sandbox.boot(&overview, extras, config, &mut slot).await });
         Ok(())

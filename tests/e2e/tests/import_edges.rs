@@ -69,6 +69,7 @@ const MAY: &[(&str, &[&str])] = &[
             "toml",
             "sha2",
             "command-fds",
+            "idmap",
             "tap",
             "sk-lookup",
             "rtnetlink",
@@ -118,6 +119,7 @@ const MAY: &[(&str, &[&str])] = &[
             "zstd",
         ],
     ),
+    ("idmap", &[]),
     ("tap", &[]),
     ("sk-lookup", &[]),
 ];

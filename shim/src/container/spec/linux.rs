@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use super::devices::{self, Disks};
 use super::{Place, SpecError, field, object};
 use crate::container::overview::Role;
+use crate::container::users;
 
 pub(super) fn rewrite(
     linux: &mut Map<String, Value>,
@@ -18,6 +19,7 @@ pub(super) fn rewrite(
     linux.remove("intelRdt");
     // The container's tree has no peers in the guest, and shares do what can be done (`Bind::live`).
     linux.remove("rootfsPropagation");
+    rewrite_users(linux, role, place)?;
     rewrite_namespaces(linux, role, place)?;
     let disks = devices::rewrite(linux, warnings)?;
     if let Some(resources) = linux.get_mut("resources") {
@@ -67,7 +69,10 @@ fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'
         let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default().to_owned();
         match (kind.as_str(), path.as_str()) {
             ("network", _) => {}
-            ("user", _) if role != Role::Single => return Err(SpecError::UserNamespace),
+            ("user", _) => {
+                namespace["path"] = CONTAINER_NAMESPACE.into();
+                kept.push(namespace);
+            }
             ("ipc" | "uts", _) if role != Role::Single => {}
             (_, "") => kept.push(namespace),
             ("pid", path) => {
@@ -77,12 +82,46 @@ fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'
                 namespace["path"] = format!("{CONTAINER_NAMESPACE}{container}").into();
                 kept.push(namespace);
             }
-            ("user" | "mount", _) => return Err(SpecError::Namespace { kind, path }),
+            ("mount", _) => return Err(SpecError::Namespace { kind, path }),
             _ => {}
         }
     }
     *list = kept;
     Ok(())
+}
+
+/// The agent has made the users, with the sandbox; a container has those, or the guest's like the others.
+fn rewrite_users(linux: &mut Map<String, Value>, role: Role, place: Place<'_>) -> Result<(), SpecError> {
+    const NONE: &str = "has no user namespace";
+    let maps = users::take(linux);
+    let list = linux.get("namespaces").and_then(Value::as_array).into_iter().flatten();
+    let asked = list.clone().find(|namespace| namespace["type"] == "user");
+    let Some(namespace) = asked else {
+        return match place.users {
+            Some(_) => Err(SpecError::OtherUsers { asked: NONE, pod: "has one" }),
+            None => Ok(()),
+        };
+    };
+    // Whose it would be is found by the task's process number: the VMM's, so the host's.
+    let networks = list.clone().filter(|namespace| namespace["type"] == "network");
+    if role == Role::Pod
+        && networks.clone().any(|network| network["path"].as_str().unwrap_or_default().is_empty())
+    {
+        return Err(SpecError::UsersNetwork);
+    }
+    // In a pod it is the pod's, whose number on this host says nothing.
+    let path = namespace["path"].as_str().unwrap_or_default();
+    if role == Role::Single && !path.is_empty() {
+        return Err(SpecError::Namespace { kind: "user".into(), path: path.to_owned() });
+    }
+    let pods =
+        place.users.ok_or(SpecError::OtherUsers { asked: "asks for a user namespace", pod: "has none" })?;
+    match maps {
+        Some((uids, gids)) if users::namespace(&uids, &gids)? != *pods => {
+            Err(SpecError::OtherUsers { asked: "has other id mappings", pod: "has some" })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `N` of `/proc/N/ns/pid`.

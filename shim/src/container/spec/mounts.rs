@@ -1,6 +1,7 @@
 //! The mounts of a container: binds of host files become shares, the rest the guest's runtime makes by itself.
 
-use super::{Bind, GuestSpec, Place, SHM, SpecError, field, object, strings, text};
+use super::{Bind, GuestSpec, IdMapped, Place, SHM, SpecError, field, object, strings, text};
+use crate::container::users;
 
 /// Kinds of mount that the guest's runtime makes by itself.
 const GUEST_KINDS: [&str; 8] =
@@ -8,7 +9,7 @@ const GUEST_KINDS: [&str; 8] =
 
 impl GuestSpec {
     pub(super) fn rewrite_mounts(&mut self, place: Place<'_>) -> Result<(), SpecError> {
-        let Place { id, share_path, .. } = place;
+        let Place { id, share_path, users: own_users, .. } = place;
         let Some(mounts) = self.config.get_mut("mounts") else { return Ok(()) };
         let mounts = mounts.as_array_mut().ok_or_else(|| field("mounts", "a list"))?;
         for (position, mount) in mounts.iter_mut().enumerate() {
@@ -17,9 +18,14 @@ impl GuestSpec {
                 .ok_or_else(|| field(&format!("mounts[{position}].destination"), "text"))?;
             let kind = text(mount, "type").unwrap_or_default();
             let options = strings(mount, "options");
+            let mappings = users::take(mount);
             let is_bind = matches!(kind.as_str(), "bind" | "rbind")
                 || options.iter().any(|o| o == "bind" || o == "rbind");
             if !is_bind {
+                if mappings.is_some() {
+                    let why = format!("is of type {kind:?}; a bind can be one");
+                    return Err(SpecError::IdMapped { destination, why });
+                }
                 if GUEST_KINDS.contains(&kind.as_str()) {
                     continue;
                 }
@@ -34,7 +40,7 @@ impl GuestSpec {
                 continue;
             }
             let mut kept = Vec::new();
-            let (mut read_only, mut live) = (false, false);
+            let (mut read_only, mut live, mut shifted, mut recursive) = (false, false, false, false);
             for option in options {
                 match option.as_str() {
                     "ro" | "rro" => {
@@ -50,13 +56,34 @@ impl GuestSpec {
                         ));
                     }
                     "z" | "Z" => {}
-                    o if ["idmap", "ridmap"].contains(&o)
-                        || ["uidmap=", "gidmap=", "idmap="].iter().any(|p| o.starts_with(p)) =>
-                    {
+                    "idmap" => shifted = true,
+                    "ridmap" => (shifted, recursive) = (true, true),
+                    o if ["uidmap=", "gidmap=", "idmap="].iter().any(|p| o.starts_with(p)) => {
                         return Err(SpecError::MountOption { option, destination });
                     }
                     _ => kept.push(option),
                 }
+            }
+            let maps = match mappings {
+                Some((uids, gids)) => Some(users::maps(&uids, &gids).map_err(|e| e.to_string())),
+                // Without a map of its own it has the container's.
+                None if shifted => Some(
+                    own_users
+                        .cloned()
+                        .ok_or_else(|| "has no map, and the container no users of its own".into()),
+                ),
+                None => None,
+            };
+            let maps = maps
+                .transpose()
+                .map_err(|why| SpecError::IdMapped { destination: destination.clone(), why })?;
+            let map = maps.map(|maps| IdMapped { maps, recursive });
+            if live && map.is_some() {
+                live = false;
+                kept.push("rprivate".to_owned());
+                self.warnings.push(format!(
+                    "the id-mapped mount at {destination:?}: what the host mounts below it later is not seen"
+                ));
             }
             if live {
                 kept.push("rprivate".to_owned());
@@ -66,7 +93,7 @@ impl GuestSpec {
             mount.insert("type".into(), "bind".into());
             mount.insert("source".into(), format!("{share_path}/{share}").into());
             mount.insert("options".into(), kept.into());
-            self.binds.push(Bind { source: source.into(), share, read_only, live });
+            self.binds.push(Bind { source: source.into(), share, read_only, live, map });
             self.positions.push(position);
         }
         Ok(())

@@ -40,7 +40,7 @@ const CTR: &str = r#"{
 /// The container that has number 7 on the host is `db`.
 fn place() -> Place<'static> {
     let container_of = &|pid| (pid == 7).then(|| "db".to_owned());
-    Place { id: "web", share_path: "/run/ctvm/share", container_of }
+    Place { id: "web", share_path: "/run/ctvm/share", container_of, users: None }
 }
 
 fn rewritten() -> GuestSpec {
@@ -166,9 +166,16 @@ fn binds_become_shares() {
                 source: "/var/lib/pod/hosts".into(),
                 share: "web:mnt0".into(),
                 read_only: false,
-                live: false
+                live: false,
+                map: None
             },
-            Bind { source: "/srv/data".into(), share: "web:mnt1".into(), read_only: true, live: true },
+            Bind {
+                source: "/srv/data".into(),
+                share: "web:mnt1".into(),
+                read_only: true,
+                live: true,
+                map: None
+            },
         ]
     );
     spec.set_bind_source(0, "/run/ctvm/share/web:mnt0/hosts".as_ref());
@@ -191,7 +198,13 @@ fn what_cannot_be_done_is_refused_by_name() {
     let e = with(|c| c["mounts"][5]["options"][0] = "rbind".into());
     assert!(e.is_ok());
     let e = with(|c| c["mounts"][5]["options"][2] = "idmap".into()).unwrap_err();
-    assert!(e.to_string().contains("option \"idmap\" at \"/data\""), "{e}");
+    assert!(e.to_string().contains("mount at \"/data\" has no map, and the container no users"), "{e}");
+    let e = with(|c| c["mounts"][5]["options"][2] = "uidmap=0:1:1".into()).unwrap_err();
+    assert!(e.to_string().contains("option \"uidmap=0:1:1\" at \"/data\""), "{e}");
+    let e = with(|c| c["mounts"][1]["uidMappings"] = json!([{"hostID": 1, "size": 1}])).unwrap_err();
+    assert!(e.to_string().contains("mount at \"/dev\" is of type \"tmpfs\""), "{e}");
+    let e = with(|c| c["mounts"][5]["uidMappings"] = json!([{"hostID": 1, "size": 1}])).unwrap_err();
+    assert!(e.to_string().contains("mount at \"/data\" a map of 0 ranges"), "{e}");
     let e = with(|c| c["linux"]["namespaces"][0]["path"] = "/proc/1/ns/pid".into()).unwrap_err();
     assert!(e.to_string().contains("joining the pid namespace \"/proc/1/ns/pid\""), "{e}");
     let e = with(|c| c["mounts"][5]["source"] = "".into()).unwrap_err();
@@ -229,12 +242,64 @@ fn containers_of_a_pod_share_the_guests_namespaces() {
     for role in [Role::Pod, Role::Member] {
         assert_eq!(namespaces(role, &|_| ()).unwrap(), r#"[{"type":"pid"},{"type":"mount"}]"#);
     }
-    let user = |c: &mut Value| c["linux"]["namespaces"][2]["type"] = "user".into();
-    assert_eq!(namespaces(Role::Pod, &user), Err(SpecError::UserNamespace));
-    assert!(namespaces(Role::Single, &user).unwrap().contains("user"));
     let join = |c: &mut Value| c["linux"]["namespaces"][0]["path"] = "/proc/7/ns/pid".into();
     let joined = namespaces(Role::Member, &join).unwrap();
     assert_eq!(joined, r#"[{"path":"container:db","type":"pid"},{"type":"mount"}]"#);
+}
+
+#[test]
+fn users_are_the_sandboxs_for_all_of_its_containers() {
+    let map = |outside| [crate::container::users::IdMapping { inside: 0, outside, count: 65_536 }];
+    let pods = crate::container::users::namespace(&map(100_000), &map(200_000)).unwrap();
+    let result = |role, users: Option<&_>, change: &dyn Fn(&mut Value)| {
+        let mut config: Value = serde_json::from_str(CTR).unwrap();
+        config["linux"]["namespaces"][2] = json!({"type": "user", "path": "/proc/7/ns/user"});
+        config["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
+        change(&mut config);
+        for_guest(config, role, Place { users, ..place() })
+    };
+    let error =
+        |users, change: &dyn Fn(&mut Value)| result(Role::Member, users, change).unwrap_err().to_string();
+    let spec = result(Role::Member, Some(&pods), &|_| ()).unwrap();
+    let namespaces = spec.config["linux"]["namespaces"].to_string();
+    assert_eq!(namespaces, r#"[{"type":"pid"},{"path":"container:","type":"user"},{"type":"mount"}]"#);
+    assert!(spec.config["linux"].get("uidMappings").is_none());
+    assert!(error(None, &|_| ()).contains("asks for a user namespace, and its pod has none"));
+    let none = |c: &mut Value| c["linux"]["namespaces"][2]["type"] = "uts".into();
+    assert!(error(Some(&pods), &none).contains("has no user namespace, and its pod has one"));
+    let other = |c: &mut Value| c["linux"]["uidMappings"][0]["hostID"] = 5.into();
+    assert!(error(Some(&pods), &other).contains("has other id mappings"));
+    let wrong = |c: &mut Value| c["linux"]["uidMappings"][0]["size"] = 0.into();
+    assert!(error(Some(&pods), &wrong).contains("range 0:100000:0 of a map has no ids"));
+    let early = |c: &mut Value| drop(c["linux"]["namespaces"][4].as_object_mut().unwrap().remove("path"));
+    assert_eq!(result(Role::Pod, Some(&pods), &early).unwrap_err(), SpecError::UsersNetwork);
+    assert!(result(Role::Pod, Some(&pods), &|_| ()).is_ok());
+    // One that names a namespace alone has the pod's maps.
+    let bare = |c: &mut Value| {
+        c["linux"].as_object_mut().unwrap().retain(|name, _| !name.ends_with("Mappings"));
+    };
+    assert!(result(Role::Member, Some(&pods), &bare).is_ok());
+    let foreign = result(Role::Single, Some(&pods), &|_| ()).unwrap_err().to_string();
+    assert!(foreign.contains("joining the user namespace \"/proc/7/ns/user\""), "{foreign}");
+    let alone = |c: &mut Value| drop(c["linux"]["namespaces"][2].as_object_mut().unwrap().remove("path"));
+    assert!(result(Role::Single, Some(&pods), &alone).is_ok());
+
+    let mapped = |c: &mut Value| {
+        c["mounts"][4]["options"].as_array_mut().unwrap().push("ridmap".into());
+        c["mounts"][5]["uidMappings"] = json!([{"containerID": 1, "hostID": 7, "size": 2}]);
+        c["mounts"][5]["gidMappings"] = json!([{"containerID": 1, "hostID": 8, "size": 2}]);
+    };
+    let spec = result(Role::Member, Some(&pods), &mapped).unwrap();
+    assert_eq!(spec.binds[0].map, Some(IdMapped { maps: pods, recursive: true }));
+    let map = spec.binds[1].map.as_ref().unwrap();
+    assert_eq!((map.maps.gids.outside(2), map.recursive), (Some(9), false));
+    // What is shifted is not what the host goes on mounting below.
+    assert!(
+        !spec.binds[1].live && spec.warnings.iter().any(|w| w.contains("mounts below it later is not seen"))
+    );
+    let options = spec.config["mounts"][5]["options"].to_string();
+    assert_eq!(options, r#"["rbind","ro","rprivate"]"#);
 }
 
 #[test]
