@@ -34,6 +34,15 @@ impl Daemon {
         Self::start_from(Setup { parent: parent.to_owned(), ..Setup::default() })
     }
 
+    /// Starts the given release with all of its files in `parent`.
+    pub fn start_release_in(release: &str, parent: &Path) -> Result<Daemon> {
+        Self::start_from(Setup {
+            release: Some(release.to_owned()),
+            parent: parent.to_owned(),
+            ..Setup::default()
+        })
+    }
+
     /// The given release, or the lab's own, with `ctvm-snapshotter`, which has to serve at its usual socket.
     pub fn start_with_snapshotter(release: Option<&str>) -> Result<Daemon> {
         let setup = Setup { release: release.map(str::to_owned), ..Setup::default() };

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, ensure};
 use e2e::command::wait_until;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ImageSpec, LinuxContainerConfig,
+    ContainerConfig, ContainerMetadata, ContainerState, IdMapping, ImageSpec, LinuxContainerConfig,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, UserNamespace,
 };
 use tempfile::TempDir;
 
@@ -113,13 +113,19 @@ impl Pod {
             log_path: format!("{number}.log"),
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
-                    namespace_options: Some(own_pids()),
+                    namespace_options: Some(NamespaceOption { userns_options: self.users(), ..own_pids() }),
                     ..LinuxContainerSecurityContext::default()
                 }),
                 ..LinuxContainerConfig::default()
             }),
             ..ContainerConfig::default()
         }
+    }
+
+    /// The pod's users, which are those of its containers.
+    fn users(&self) -> Option<UserNamespace> {
+        let linux = self.config.linux.as_ref()?.security_context.as_ref()?;
+        linux.namespace_options.as_ref()?.userns_options.clone()
     }
 
     /// The configuration of a container that runs until it is stopped.
@@ -232,6 +238,23 @@ fn own_pids() -> NamespaceOption {
 pub fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default()
+}
+
+/// Gives a pod users of its own, as the kubelet does it for `hostUsers: false`: ids 0 to 65535 of its containers are those
+/// from `first` on of the host.
+pub fn own_users(config: &mut PodSandboxConfig, first: u32) {
+    let linux = config.linux.get_or_insert_default();
+    let context = linux.security_context.get_or_insert_default();
+    context.namespace_options.get_or_insert_default().userns_options = Some(UserNamespace {
+        mode: NamespaceMode::Pod.into(),
+        uids: id_mappings(first),
+        gids: id_mappings(first),
+    });
+}
+
+/// The mappings of such users.
+pub fn id_mappings(first: u32) -> Vec<IdMapping> {
+    vec![IdMapping { host_id: first, container_id: 0, length: 65_536 }]
 }
 
 /// A host folder in a container.

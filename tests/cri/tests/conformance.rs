@@ -9,7 +9,8 @@ const TABLE: &str = include_str!("../../CONFORMANCE.md");
 
 #[test]
 fn every_case_ends_as_the_table_says() -> Result<()> {
-    let daemon = Daemon::start(Some("1.7"))?;
+    let disk = e2e::SmallFs::ext4(1 << 30)?;
+    let daemon = Daemon::start_release_in("1.7", disk.path())?;
     let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm".into(), release: "1.7".into() };
     let outcomes = report::run(&ground, true, "");
     let column = report::column("ctvm", "1.7");

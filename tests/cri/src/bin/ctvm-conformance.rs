@@ -27,7 +27,9 @@ fn main() -> Result<()> {
 }
 
 fn run(handler: &str, release: &str, filter: &str) -> Result<()> {
-    let daemon = Daemon::start(Some(release))?;
+    // containerd 2.1 asks for id-mapped mounts.
+    let disk = e2e::SmallFs::ext4(1 << 30)?;
+    let daemon = Daemon::start_release_in(release, disk.path())?;
     let ground = Ground { cri: daemon.cri.clone(), handler: handler.to_owned(), release: release.to_owned() };
     let outcomes = report::run(&ground, handler.starts_with("ctvm"), filter);
     println!("{}", report::write(&report::column(handler, release), &outcomes));

@@ -1,13 +1,10 @@
 use anyhow::{Result, ensure};
 use k8s_cri::v1::security_profile::ProfileType;
-use k8s_cri::v1::{
-    Capability, ContainerConfig, IdMapping, Int64Value, LinuxContainerSecurityContext, NamespaceMode,
-    SecurityProfile, UserNamespace,
-};
+use k8s_cri::v1::{Capability, Int64Value, LinuxContainerSecurityContext, SecurityProfile};
 
 use super::{Case, Ground, case, host_only};
 use crate::Pod;
-use crate::pod::security;
+use crate::pod::{own_users, security};
 
 pub(super) const CASES: &[Case] = &[
     case("a container runs as a user", user),
@@ -194,18 +191,11 @@ fn localhost(on: &Ground) -> Result<()> {
 }
 
 fn user_namespace(on: &Ground) -> Result<()> {
-    let mapping = IdMapping { host_id: 100_000, container_id: 0, length: 65_536 };
-    let namespace =
-        UserNamespace { mode: NamespaceMode::Pod.into(), uids: vec![mapping], gids: vec![mapping] };
-    let pod = Pod::run_with(&on.cri, &on.handler, |config| {
-        let linux = config.linux.get_or_insert_default();
-        let options = linux.security_context.get_or_insert_default();
-        options.namespace_options.get_or_insert_default().userns_options = Some(namespace.clone());
-    })?;
-    let mut config: ContainerConfig = pod.container(&["sh", "-c", "id -u; cat /proc/self/uid_map"]);
-    security(&mut config).namespace_options.get_or_insert_default().userns_options = Some(namespace.clone());
-    let got = pod.finish(&config)?.ok()?;
-    ensure!(got.split_whitespace().eq(["0", "0", "100000", "65536"]), "{got:?}");
+    let pod = Pod::run_with(&on.cri, &on.handler, |config| own_users(config, 100_000))?;
+    let got =
+        pod.script("id -u; cat /proc/self/uid_map; stat -c %u:%g /bin/sh; touch /made; stat -c %u:%g /made")?;
+    let expected = ["0", "0", "100000", "65536", "0:0", "0:0"];
+    ensure!(got.split_whitespace().eq(expected), "{got:?}");
     pod.end()
 }
 
