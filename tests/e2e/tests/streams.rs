@@ -115,5 +115,16 @@ fn output_of_a_container_goes_to_a_file_or_a_logger() -> Result<()> {
     let expected: Vec<String> = (1..=100_000).map(|n| n.to_string()).collect();
     assert!(read("out")?.lines().eq(expected.iter()), "it has ended, with all of it");
     assert_eq!(read("err")?, "to-stderr\n");
+
+    // By the second kind it has to say that it is ready.
+    let uri = uri.replace("binary://", "binary-v2://");
+    let finished = CONTAINERD.run(&["--rm", "--log-uri", &uri], "silent-logger", &["true"])?;
+    assert_ne!(finished.code, 0);
+    assert!(finished.errors().contains("did not say that it is ready"), "{}", finished.errors());
+    let ready = fs::read_to_string(&logger)?.replace("exec 5>&-", "printf x >&5; exec 5>&-");
+    fs::write(&logger, ready)?;
+    let script = "echo again; exit 7";
+    let finished = CONTAINERD.run(&["--rm", "--log-uri", &uri], "ready-logger", &["sh", "-c", script])?;
+    assert_eq!((finished.code, read("out")?.as_str()), (7, "again\n"), "{}", finished.errors());
     Ok(())
 }
