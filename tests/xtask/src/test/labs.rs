@@ -23,8 +23,24 @@ use crate::steps::step;
 const LIMITS: [Duration; 2] = [Duration::from_secs(20 * 60), Duration::from_secs(60 * 60)];
 
 /// Tests that count what is left on the machine, one at a time.
-const ALONE: [&str; 9] =
-    ["crowd", "exercise", "exhausted", "hostile", "nothing_left", "nydus", "releases", "rounds", "stress"];
+const ALONE: [&str; 16] = [
+    "contents",
+    "crowd",
+    "exercise",
+    "exhausted",
+    "formats",
+    "hostile",
+    "nothing_left",
+    "nydus",
+    "nydus_faults",
+    "nydus_shared",
+    "nydus_slow_link",
+    "nydus_snapshotter",
+    "releases",
+    "rounds",
+    "stress",
+    "users",
+];
 
 /// Memory that this machine keeps when labs have what they may take, in MiB.
 const KEPT_MIB: u64 = 4096;
