@@ -374,3 +374,21 @@ fn other_users_than_the_pods_are_refused() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_container_without_a_pod_has_users_too() -> Result<()> {
+    let _alone = alone();
+    let map = format!("0:{FIRST}:65536");
+    let script = "id -u; cat /proc/self/uid_map; touch /new; stat -c %u:%g /new /bin/sh";
+    let said = e2e::run(
+        DAEMON
+            .containerd
+            .ctr()
+            .args(["run", "--rm", "--runtime", "io.containerd.ctvm.v2", "--uidmap", &map, "--gidmap", &map])
+            .args([e2e::IMAGE, "alone", "sh", "-c", script]),
+    )?
+    .ok()?;
+    let expected = ["0", "0", &FIRST.to_string(), "65536", "0:0", "0:0"].map(str::to_owned);
+    ensure!(said.split_whitespace().eq(expected.iter().map(String::as_str)), "{said:?}");
+    Ok(())
+}
