@@ -106,6 +106,7 @@ const MAY: &[(&str, &[&str])] = &[
             "reqwest",
             "futures-util",
             "tar",
+            "memchr",
             "nydus-api",
             "nydus-builder",
             "nydus-rafs",

@@ -22,6 +22,7 @@ use crate::rafs::{self, Layer, Options};
 use crate::remote::Credentials;
 use crate::store::{Raw, Store};
 use crate::tar::{self, Folders};
+use crate::values::Values;
 
 /// What to convert, and how.
 #[derive(Debug, Clone)]
@@ -130,7 +131,7 @@ pub async fn convert(request: &Request) -> Result<Done> {
     let mut layers = Vec::with_capacity(manifest.layers.len());
     // Of a plain layer's digest: its index's, and the layer.
     let mut indexes = BTreeMap::new();
-    let mut folders = Folders::default();
+    let (mut folders, mut values) = (Folders::default(), Values::default());
     let count = manifest.layers.len();
     for (number, layer) in manifest.layers.iter().enumerate() {
         let file = work.path().join("layer");
@@ -139,7 +140,8 @@ pub async fn convert(request: &Request) -> Result<Done> {
         progress.end();
         let progress = Progress::new(format!("build {} of {count}", number + 1), 0);
         let bootstrap = work.path().join(format!("{number}.boot"));
-        let built = build(&file, &bootstrap, &blobs, (!request.reference).then_some(&mut folders), &options)
+        let known = (!request.reference).then_some((&mut folders, &mut values));
+        let built = build(&file, &bootstrap, &blobs, known, &options)
             .with_context(|| format!("layer {}", layer.digest))?;
         if let Some(index) = built {
             let hex = layer.hex().context("a layer without a SHA-256 digest")?;
@@ -154,6 +156,11 @@ pub async fn convert(request: &Request) -> Result<Done> {
     }
     let bootstrap = work.path().join("image.boot");
     let merged = rafs::merge(&layers, &bootstrap, options.parent.as_deref())?;
+    if !values.is_empty() {
+        let mut bytes = fs::read(&bootstrap)?;
+        values.put_back(&mut bytes);
+        fs::write(&bootstrap, bytes)?;
+    }
 
     let mut done =
         Done { source_bytes: manifest.layers.iter().map(|layer| layer.size).sum(), ..Done::default() };
@@ -223,20 +230,20 @@ pub async fn convert(request: &Request) -> Result<Done> {
     Ok(done)
 }
 
-/// Builds a layer's bootstrap. Of a plain layer, with no `folders` to put into it: its index's digest.
+/// Builds a layer's bootstrap, with what is known of the layers below. Of a plain layer, which stays as it is: its index's digest.
 fn build(
     layer: &Path,
     bootstrap: &Path,
     blobs: &Path,
-    folders: Option<&mut Folders>,
+    known: Option<(&mut Folders, &mut Values)>,
     options: &Options,
 ) -> Result<Option<String>> {
-    let Some(folders) = folders else {
+    let Some((folders, values)) = known else {
         let gzip = fs::read(layer).map(|bytes| bytes.starts_with(&[0x1f, 0x8b]))?;
         ensure!(gzip, "only gzip layers can be indexed");
         ensure!(
             tar::is_normal(tar::open_layer(layer)?)?,
-            "its archive leaves out folders or device numbers, so it cannot be indexed as it is: convert without --reference"
+            "its archive leaves out folders or device numbers, or has attributes with line ends, so it cannot be indexed as it is: convert without --reference"
         );
         let names = || -> Result<Vec<String>> {
             let entries = fs::read_dir(blobs)?.flatten();
@@ -250,7 +257,7 @@ fn build(
     folders.next_layer();
     let plain = layer.with_extension("tar");
     let mut file = BufWriter::new(File::create(&plain)?);
-    tar::normalise(tar::open_layer(layer)?, &mut file, folders)?;
+    tar::normalise(tar::open_layer(layer)?, &mut file, folders, values)?;
     file.flush()?;
     drop(file);
     rafs::build_layer(Layer::Tar, &plain, bootstrap, blobs, options)?;

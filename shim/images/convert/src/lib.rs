@@ -13,3 +13,4 @@ pub mod rafs;
 pub mod remote;
 pub mod store;
 pub mod tar;
+pub mod values;

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::oci::BOOTSTRAP_FILE;
+use crate::values::Values;
 
 const BLOCK: usize = 512;
 
@@ -86,9 +87,14 @@ fn plain_folder(path: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Copies an archive so that the builder reads it. GNU tar leaves a file's device numbers blank, which the builder takes for broken
-/// numbers: zeros are put in. Folders that are missing are put in, too.
-pub fn normalise(from: impl Read, to: &mut impl Write, folders: &mut Folders) -> Result<()> {
-    walk(from, folders, |blocks, content| {
+/// numbers: zeros are put in. Folders that are missing are put in, too, and attributes with line ends are exchanged.
+pub fn normalise(
+    from: impl Read,
+    to: &mut impl Write,
+    folders: &mut Folders,
+    values: &mut Values,
+) -> Result<()> {
+    walk(from, folders, values, |blocks, content| {
         to.write_all(blocks)?;
         Ok(content.map_or(Ok(0), |content| io::copy(content, to))?)
     })
@@ -96,9 +102,10 @@ pub fn normalise(from: impl Read, to: &mut impl Write, folders: &mut Folders) ->
 
 /// Whether the builder reads an archive right as it is.
 pub fn is_normal(mut from: impl Read) -> Result<bool> {
-    let (mut folders, mut whole) = (Folders::default(), Sha256::new());
+    let (mut folders, mut values, mut whole) = (Folders::default(), Values::default(), Sha256::new());
     let mut hashed = HashingReader { from: &mut from, hash: Sha256::new() };
-    normalise(&mut hashed, &mut HashingWriter { to: io::sink(), hash: &mut whole }, &mut folders)?;
+    let mut to = HashingWriter { to: io::sink(), hash: &mut whole };
+    normalise(&mut hashed, &mut to, &mut folders, &mut values)?;
     io::copy(&mut hashed, &mut io::sink())?;
     Ok(whole.finalize() == hashed.hash.finalize())
 }
@@ -137,6 +144,7 @@ impl<W: Write> Write for HashingWriter<'_, W> {
 fn walk(
     mut from: impl Read,
     folders: &mut Folders,
+    values: &mut Values,
     mut take: impl FnMut(&[u8], Option<&mut dyn Read>) -> Result<u64>,
 ) -> Result<()> {
     let mut block = [0; BLOCK];
@@ -160,6 +168,7 @@ fn walk(
                     long_size = extended(&records[..len], b"size=")
                         .and_then(|size| std::str::from_utf8(&size).ok()?.parse().ok());
                     long_path = extended(&records[..len], b"path=").or(long_path);
+                    values.exchange(&mut records[..len])?;
                 }
                 b'L' => long_path = Some(text(&records[..len]).to_vec()),
                 _ => {}
@@ -338,7 +347,8 @@ mod tests {
         blanked[..BLOCK].copy_from_slice(&block);
         for bytes in [&whole, &blanked] {
             let mut out = Vec::new();
-            normalise(bytes.as_slice(), &mut out, &mut Folders::default()).expect("fine");
+            normalise(bytes.as_slice(), &mut out, &mut Folders::default(), &mut Values::default())
+                .expect("fine");
             assert_eq!(out.len(), whole.len());
             assert_eq!(out[329..345], *b"0000000\x000000000\0");
             let mut archive = tar::Archive::new(out.as_slice());
@@ -370,12 +380,17 @@ mod tests {
         header.set_size(0);
         below.append_data(&mut header, "./tmp/", io::empty()).expect("to memory");
         let mut folders = Folders::default();
-        normalise(below.into_inner().expect("to memory").as_slice(), &mut io::sink(), &mut folders)
-            .expect("fine");
+        normalise(
+            below.into_inner().expect("to memory").as_slice(),
+            &mut io::sink(),
+            &mut folders,
+            &mut Values::default(),
+        )
+        .expect("fine");
         folders.next_layer();
         let long = format!("tmp/{}x", "folder/".repeat(30));
         let mut out = Vec::new();
-        normalise(file(&long).as_slice(), &mut out, &mut folders).expect("fine");
+        normalise(file(&long).as_slice(), &mut out, &mut folders, &mut Values::default()).expect("fine");
         assert!(is_normal(out.as_slice()).expect("whole"), "all are there now");
         let mut archive = tar::Archive::new(out.as_slice());
         let found: Vec<(String, u32, u64)> = archive
