@@ -14,7 +14,7 @@ use vmm_api::frame::{self, FrameError};
 use vmm_api::image::{BLOCK, Fetch, Fetched, MAX_FETCH_BLOCKS, OpenReply, OpenRequest, OpenedImage};
 
 use crate::rafs::lookup::{Extent, extents_of};
-use crate::rafs::{Image, MAX_BOOTSTRAP, RafsError};
+use crate::rafs::{MAX_BOOTSTRAP, RafsError};
 
 /// What is looked up, from the image's root.
 pub const FILES: [&str; 2] = ["etc/passwd", "etc/group"];
@@ -71,7 +71,6 @@ impl From<FrameError> for UsersError {
 pub struct Reader {
     service: OwnedFd,
     bootstrap: Vec<u8>,
-    image: Image,
     opened: OpenedImage,
     files: Vec<fs::File>,
 }
@@ -97,13 +96,12 @@ impl Reader {
         // The service has read it by the same description, which stands at its end.
         let mut bootstrap = vec![0; len];
         first.read_exact_at(&mut bootstrap, 0)?;
-        let image = Image::parse(&bootstrap)?;
-        Ok(Reader { service, bootstrap, image, opened, files: files.collect() })
+        Ok(Reader { service, bootstrap, opened, files: files.collect() })
     }
 
     /// A file's bytes, by its path from the root. None where the image has no such file.
     pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>, UsersError> {
-        let Some(extents) = extents_of(&self.bootstrap, &self.image, path)? else { return Ok(None) };
+        let Some(extents) = extents_of(&self.bootstrap, path)? else { return Ok(None) };
         let mut bytes = Vec::new();
         for extent in extents {
             self.append(&extent, &mut bytes)?;

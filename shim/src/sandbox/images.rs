@@ -86,9 +86,9 @@ pub enum OpenError {
         /// What is wrong with it.
         reason: String,
     },
-    /// An image that a guest cannot mount.
+    /// A guest mounts an EROFS, whatever the image is.
     #[error(
-        "{bootstrap} is RAFS {version}; supported is 6, an EROFS: convert the image anew with --fs-version 6"
+        "the image service hands {bootstrap} out as RAFS {version}, must be 6, an EROFS: is it of another release?"
     )]
     Version {
         /// The image.

@@ -40,7 +40,7 @@ pub const MAX_FETCH_BLOCKS: u32 = 1024;
 pub enum OpenRequest {
     /// Open an image.
     Open {
-        /// The bootstrap: RAFS metadata, an EROFS superblock for version 6.
+        /// The bootstrap: RAFS metadata of version 5 or 6.
         bootstrap: PathBuf,
         /// The daemon configuration that the snapshotter handed over, JSON, in its old or its new form; it may hold a
         /// registry's credentials. The service's own configuration when empty.
@@ -65,7 +65,7 @@ pub enum OpenReply {
 /// An open image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenedImage {
-    /// RAFS version, 5 or 6.
+    /// RAFS version of the bootstrap that comes with this: 6, an EROFS. The service makes one of what is of version 5.
     pub version: u8,
     /// Its blobs, in the order of the bootstrap's device table. At most [`MAX_BLOBS`].
     pub blobs: Vec<Blob>,

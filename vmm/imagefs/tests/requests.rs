@@ -526,7 +526,7 @@ fn free_space_is_told() {
     assert_eq!((root.blocks, root.namelen), (0, 255));
 }
 
-/// As an overlay of the guest copies a file up: capabilities, mode, owner. See `share/copy_up.rs`.
+/// As an overlay of the guest copies a file up: capabilities, size, mode, owner. See `share/copy_up.rs`.
 #[test]
 fn a_copy_of_an_overlay_keeps_set_id_bits_and_capabilities_and_nothing_else_does() {
     if !is_root() {
@@ -544,6 +544,7 @@ fn a_copy_of_an_overlay_keeps_set_id_bits_and_capabilities_and_nothing_else_does
             let file = entry.nodeid;
             client.release(handle).unwrap();
             client.setxattr(file, "security.capability", &capability).unwrap();
+            client.truncate(file, 0).unwrap();
             client.chmod(file, 0o6755).unwrap();
             let owner = fattr::UID | fattr::GID;
             let set = SetattrIn { valid: owner, uid: 7, gid: 8, ..SetattrIn::default() };

@@ -1,8 +1,10 @@
-//! What files an image has and where their bytes are, by the field's own reader: independent of how the service reads RAFS.
+//! What files an image has and where their bytes are, by the field's own reader: independent of how the service reads RAFS, but for where
+//! the service puts chunks of version 5.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use images::rafs::moved;
 use nydus_builder::Tree;
 use nydus_rafs::metadata::RafsSuper;
 
@@ -11,7 +13,7 @@ use nydus_rafs::metadata::RafsSuper;
 pub struct Piece {
     /// Index of the blob.
     pub blob: u32,
-    /// Offset in the uncompressed blob.
+    /// Offset in the uncompressed blob, in version 5 as the service lays it out.
     pub offset: u64,
     /// Bytes of it that are the file's.
     pub len: u64,
@@ -37,6 +39,7 @@ pub fn of_bootstrap(bootstrap: &Path) -> Result<(Vec<FileMap>, Vec<String>)> {
     let blobs = rafs.superblock.get_blob_infos().iter().map(|blob| blob.blob_id()).collect();
     let tree =
         Tree::from_bootstrap(&rafs, &mut ()).with_context(|| format!("read {}", bootstrap.display()))?;
+    let is_v5 = rafs.meta.is_v5();
     let mut files = Vec::new();
     tree.walk_bfs(true, &mut |tree| {
         let node = tree.borrow_mut_node();
@@ -47,6 +50,7 @@ pub fn of_bootstrap(bootstrap: &Path) -> Result<(Vec<FileMap>, Vec<String>)> {
             for chunk in &node.chunks {
                 let len = u64::from(chunk.inner.uncompressed_size()).min(size - at);
                 let (blob, offset) = (chunk.inner.blob_index(), chunk.inner.uncompressed_offset());
+                let offset = if is_v5 { moved(offset, chunk.inner.index()) } else { offset };
                 pieces.push(Piece { blob, offset, len, file_offset: at });
                 at += len;
             }

@@ -8,9 +8,12 @@ mod bytes;
 mod erofs;
 pub mod lookup;
 mod v5;
+mod v5_as_erofs;
 mod v6;
 
 pub use bytes::Bytes;
+pub use v5::moved;
+pub use v5_as_erofs::v5_as_erofs;
 
 use crate::codec::{Compressor, Digester};
 

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use rustix::fs::OFlags;
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sha2::{Digest, Sha256};
 use vmm_api::image::{Blob, OpenedImage};
 
@@ -19,8 +19,11 @@ use crate::cache::{FileError, blocking};
 use crate::config::nydusd::{Daemon, DaemonError};
 use crate::config::{Ahead, Backend};
 use crate::fetch::{Fetcher, IndexCell, OpenBlob};
-use crate::rafs::{BlobTable, ChunkRef, Image, MAX_BOOTSTRAP, RafsError};
+use crate::rafs::{BlobTable, ChunkRef, Image, MAX_BOOTSTRAP, RafsError, v5_as_erofs};
 use crate::source::HttpError;
+
+/// The version whose bootstraps are what a guest mounts.
+const MOUNTED: u8 = 6;
 
 /// Why an image is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +52,17 @@ pub enum OpenError {
     /// No configuration at all.
     #[error("the image comes without a daemon's configuration, and the service's own names no folders")]
     NoBackend,
+    /// An image of version 5 as what a guest mounts.
+    #[error("keep an EROFS of {bytes} bytes for the bootstrap {path} in memory")]
+    Memory {
+        /// Of which.
+        path: String,
+        /// Its size.
+        bytes: usize,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The back end.
     #[error(transparent)]
     Registry(#[from] HttpError),
@@ -76,6 +90,8 @@ pub enum OpenError {
 #[derive(Debug)]
 pub struct Parsed {
     version: u8,
+    /// What a guest mounts, where that is not the bootstrap itself: a sealed file in memory.
+    mounted: Option<File>,
     blobs: Vec<Arc<BlobTable>>,
     /// Of each blob, where it is a plain layer.
     indexes: Vec<Arc<IndexCell>>,
@@ -140,10 +156,13 @@ pub async fn open(service: &Service, bootstrap: &Path, config: &str) -> Result<O
     let (file, digest, image) = blocking(move || parse(&path, &known)).await?;
     let (traces, parsed) = (service.root.join("traces"), Arc::clone(&image));
     let trace = blocking(move || Trace::load(&traces, &digest, &parsed.blobs)).await;
-    let Parsed { version, blobs, indexes, prefetch: _ } = &*image;
+    let Parsed { version, mounted, blobs, indexes, prefetch: _ } = &*image;
     let mut open = Vec::with_capacity(blobs.len());
-    let mut fds = vec![OwnedFd::from(file)];
-    let mut answer = OpenedImage { version: *version, blobs: Vec::with_capacity(blobs.len()) };
+    let again = |source| OpenError::Bootstrap { path: bootstrap.display().to_string(), source };
+    let mounted = mounted.as_ref().map_or(Ok(file), File::try_clone).map_err(again)?;
+    let mut fds = vec![OwnedFd::from(mounted)];
+    // Whatever the image was, this is an EROFS.
+    let mut answer = OpenedImage { version: MOUNTED, blobs: Vec::with_capacity(blobs.len()) };
     for (table, index) in blobs.iter().map(Arc::clone).zip(indexes.iter().map(Arc::clone)) {
         let file = service.fetcher.cache.get(&table).await;
         let file = file.map_err(|source| OpenError::Cache { blob: table.id.clone(), source })?;
@@ -194,6 +213,16 @@ fn backend(service: &Service, config: &str) -> Result<(Backend, Ahead), OpenErro
     Ok((daemon.backend, ahead))
 }
 
+/// A file of these bytes that nobody can change any more.
+fn in_memory(bytes: &[u8]) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(memfd_create("erofs", flags)?);
+    file.write_all(bytes)?;
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals)?;
+    Ok(file)
+}
+
 /// Reads and parses a bootstrap: the file, its digest, and what it says. Blocks.
 fn parse(path: &Path, known: &Known) -> Result<(File, String, Arc<Parsed>), OpenError> {
     let name = || path.display().to_string();
@@ -211,11 +240,19 @@ fn parse(path: &Path, known: &Known) -> Result<(File, String, Arc<Parsed>), Open
     if let Some(parsed) = lock().get(&digest).and_then(Weak::upgrade) {
         return Ok((file, digest, parsed));
     }
-    let image = Image::parse(&bytes).map_err(|source| OpenError::Rafs { path: name(), source })?;
+    let refused = |source| OpenError::Rafs { path: name(), source };
+    let image = Image::parse(&bytes).map_err(refused)?;
+    let mounted = if image.version == MOUNTED {
+        None
+    } else {
+        let erofs = v5_as_erofs(&bytes, &image).map_err(refused)?;
+        let memory = |source| OpenError::Memory { path: name(), bytes: erofs.len(), source };
+        Some(in_memory(&erofs).map_err(memory)?)
+    };
     let Image { version, blobs, prefetch } = image;
     let indexes = blobs.iter().map(|_| Arc::default()).collect();
     let blobs = blobs.into_iter().map(Arc::new).collect();
-    let parsed = Arc::new(Parsed { version, blobs, indexes, prefetch });
+    let parsed = Arc::new(Parsed { version, mounted, blobs, indexes, prefetch });
     let mut known = lock();
     known.retain(|_, parsed| parsed.strong_count() > 0);
     known.insert(digest.clone(), Arc::downgrade(&parsed));

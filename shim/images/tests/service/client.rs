@@ -17,7 +17,7 @@ use vmm_api::image::{
 pub struct Client {
     socket: OwnedFd,
     pub image: OpenedImage,
-    pub _bootstrap: File,
+    pub bootstrap: File,
     pub files: Vec<File>,
 }
 
@@ -46,9 +46,17 @@ impl Client {
             OpenReply::Opened(image) => {
                 assert_eq!(fds.len(), image.blobs.len() + 1, "a bootstrap, and a file a blob");
                 let bootstrap = fds.remove(0);
-                Ok(Client { socket, image, _bootstrap: bootstrap, files: fds })
+                Ok(Client { socket, image, bootstrap, files: fds })
             }
         }
+    }
+
+    /// What a guest mounts.
+    pub fn mounted(&self) -> Vec<u8> {
+        let len = self.bootstrap.metadata().expect("a file").len();
+        let mut bytes = vec![0; usize::try_from(len).expect("small")];
+        self.bootstrap.read_exact_at(&mut bytes, 0).expect("read");
+        bytes
     }
 
     pub fn send(&self, fetch: Fetch) {

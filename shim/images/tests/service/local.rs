@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use convert::rafs::Options;
+use images::rafs::lookup;
 use vmm_api::image::{Fetch, MAX_FETCH_BLOCKS};
 
 use crate::client::Client;
@@ -37,8 +38,23 @@ fn version_5_images_read_as_the_folder() {
         let options = Options { version: 5, compressor: compressor.into(), ..Options::default() };
         let built = sample.build(compressor, &options);
         let client = running.open(&built.bootstrap, &folder_config(&sample.blobs()));
-        assert_eq!(client.image.version, 5);
+        assert_eq!(client.image.version, 6, "what a guest mounts is an EROFS");
         sample.compare(&built.bootstrap, &client);
+        let mounted = client.mounted();
+        for (path, wanted) in sample.files() {
+            let extents = lookup::extents_of(&mounted, &path).expect("an EROFS").expect(&path);
+            let pieces = extents.iter().map(|extent| {
+                let blob = extent.blob.expect("no holes") as usize;
+                client.read(blob, extent.offset, extent.len)
+            });
+            assert!(pieces.collect::<Vec<_>>().concat() == wanted, "{path} differs");
+        }
+        // A service that takes over makes the same bytes.
+        drop(client);
+        running.closed();
+        let client = running.open(&built.bootstrap, &folder_config(&sample.blobs()));
+        assert!(client.mounted() == mounted, "other bytes");
+        assert!(client.bootstrap.write_at(b"x", 0).is_err(), "it is sealed");
     }
 }
 

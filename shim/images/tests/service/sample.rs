@@ -60,6 +60,12 @@ impl Sample {
         self.folder.path().join("root")
     }
 
+    /// Its files by their paths.
+    pub fn files(&self) -> Vec<(String, Vec<u8>)> {
+        let names = ["a/noise", "a/text", "a/b/small", "a/b/block", "more", "empty", "again"];
+        names.map(|name| (name.to_owned(), fs::read(self.root().join(name)).expect("a file"))).into()
+    }
+
     pub fn blobs(&self) -> PathBuf {
         self.folder.path().join("blobs")
     }

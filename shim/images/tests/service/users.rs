@@ -20,8 +20,14 @@ fn single_files_are_fetched_and_nothing_else() {
     let group = [noise(9, 150_000), vec![0; 200_000], noise(10, 10)].concat();
     fs::write(etc.join("group"), &group).unwrap();
     std::os::unix::fs::symlink("passwd", etc.join("link")).unwrap();
-    let options = Options { chunk_size: 64 << 10, ..Options::default() };
-    let built = sample.build("users", &options);
+    for version in [5, 6] {
+        of_version(&sample, version, &group);
+    }
+}
+
+fn of_version(sample: &Sample, version: u8, group: &[u8]) {
+    let options = Options { version, chunk_size: 64 << 10, ..Options::default() };
+    let built = sample.build(&format!("users-{version}"), &options);
     let running = Running::plain();
     let reader = Reader::open(&running.socket(), &built.bootstrap, &folder_config(&sample.blobs())).unwrap();
     assert_eq!(reader.read("etc/passwd").unwrap().unwrap(), b"root:x:0:0::/:/bin/sh\n");

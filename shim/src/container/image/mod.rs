@@ -65,7 +65,7 @@ pub enum ImageError {
         count: usize,
     },
     /// An image of the wrong version.
-    #[error("the image is RAFS {version:?}; supported is v6, an EROFS: convert it anew with --fs-version 6")]
+    #[error("the image is RAFS {version:?}; supported are v5 and v6: convert it anew")]
     Version {
         /// What it is said to be.
         version: String,
@@ -227,7 +227,8 @@ impl Description {
         fields.text("snapshotdir")?;
         warnings.extend(fields.rest());
         match version.as_str() {
-            "" | "v6" | "6" => {}
+            // The image service looks for itself.
+            "" | "v5" | "5" | "v6" | "6" => {}
             _ => return Err(ImageError::Version { version }),
         }
         Ok(Description { bootstrap, config })

@@ -84,7 +84,15 @@ fn extraoption_is_taken_exactly_with_either_form_of_configuration() {
         assert_eq!((upper.upper, upper.work), ("fs".into(), "work".into()));
         let said = format!("{root:?}");
         assert!(!said.contains("dTpw"), "credentials are in {said}");
+        let mut older = nydus_extra(&config);
+        older["fs_version"] = json!("v5");
+        let root_of_older = parse(&mount_of(&older)).unwrap();
+        assert!(root_of_older == root, "the version is the image service's to see");
     }
+}
+
+fn mount_of(described: &serde_json::Value) -> Mount {
+    mount("fuse.nydus-overlayfs", &options(&[extra(described)]))
 }
 
 #[test]
@@ -158,7 +166,7 @@ fn what_is_refused_is_refused_in_words() {
     let refused =
         |more: &[String]| parse(&mount("fuse.nydus-overlayfs", &options(more))).unwrap_err().to_string();
     let cases = [
-        (with("fs_version", json!("v5")), "the image is RAFS \"v5\"; supported is v6"),
+        (with("fs_version", json!("v4")), "the image is RAFS \"v4\"; supported are v5 and v6"),
         (with("fs_version", json!(6)), "\"fs_version\" is not a text"),
         (with("source", json!("")), "extraoption of the image mount has no \"source\""),
         (with("source", json!("image.boot")), "must be an absolute path"),

@@ -119,10 +119,9 @@ impl Share {
             let none = |id: u32| id != u32::MAX;
             let uid = set.uid.filter(|&id| none(id)).map(Uid::from_raw);
             let gid = set.gid.filter(|&id| none(id)).map(Gid::from_raw);
-            let kept = self.kept_of_copy(&target)?;
             rustix::fs::chownat(&*target, c"", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
-            kept.map_or(Ok(()), |kept| self.give_back(&target, &kept))?;
         }
+        kept.map_or(Ok(()), |kept| self.give_back(&target, &kept))?;
         if let Some(mode) = set.mode {
             self.set_mode(&target, mode & PERMISSIONS)?;
         }

@@ -1,9 +1,5 @@
 //! A file that an overlay of the guest copies into its writable layer keeps its set-id bits and capabilities.
 //!
-//! The guest's overlay sets a copy's capabilities, then its mode, then its owner, and relies on the last to leave the others alone (Linux 6.1,
-//! `ovl_copy_up_inode` and `ovl_set_attr` in fs/overlayfs/copy_up.c). But an owner that comes by FUSE is a chown(2) here, for which the
-//! host's kernel clears both; and where a process of the guest calls it, it has to (`FUSE_HANDLE_KILLPRIV_V2`). What tells the two apart
-//! is where the file is: an overlay makes copies in `work` of its work directory, under names of its own, and no process gets there.
 //! The guest's overlay sets a copy's capabilities, then its size, its mode and its owner, and relies on each to leave what was before alone
 //! (Linux 6.1, `ovl_copy_up_metadata` in fs/overlayfs/copy_up.c). But what comes by FUSE is an ftruncate(2) and a chown(2) here, for which
 //! the host's kernel clears capabilities and set-id bits; and where a process of the guest calls them, it has to
@@ -21,7 +17,7 @@ const CAPABILITY: &std::ffi::CStr = c"security.capability";
 /// Larger than any of its versions (`struct vfs_ns_cap_data` has 24 bytes).
 const MAX: usize = 64;
 
-/// What a copy shall have when it has its owner.
+/// What a copy shall have when it has its size and its owner.
 #[derive(Debug)]
 pub struct Kept {
     mode: u32,
@@ -29,7 +25,7 @@ pub struct Kept {
 }
 
 impl Share {
-    /// What is to be kept of a node whose owner is about to change; nothing, unless it is being copied up.
+    /// What is to be kept of a node whose size or owner is about to change; nothing, unless it is being copied up.
     pub(super) fn kept_of_copy(&self, node: &Node) -> Result<Option<Kept>> {
         if !node.mount.options.layer || node.kind != rustix::fs::FileType::RegularFile {
             return Ok(None);
