@@ -9,8 +9,10 @@
 //! ```
 //!
 //! The last of `lowerdir` is where the host has the image mounted, which a guest has no use for: it mounts the image itself.
-//! What is before it are layers of the host that lie over the image. A mount of this type that says nothing of an image is an
-//! ordinary overlay, as it is to the mount helper.
+//! What is before it are layers of the host that lie over the image. Our snapshotter hands them over for what was committed on top of
+//! an image. nydus-snapshotter never does (`mountRemote` in its snapshot/snapshot.go, 0.13.4): a container's mount has one `lowerdir`, the image;
+//! a view has two, the image first and the view's own folder, which is empty, last. A mount of this type that says nothing of an image
+//! is an ordinary overlay, as it is to the mount helper.
 //!
 //! The configuration is the image service's to understand, in its old and its new form. It may hold a registry's
 //! credentials, so nothing here puts it into a log or an error.
@@ -184,7 +186,12 @@ pub fn parse(mount: &Mount) -> Result<ImageRoot, ImageError> {
             }
         }
     }
-    let Description { bootstrap, config } = one_of(described)?;
+    let Description { bootstrap, config, folder } = one_of(described)?;
+    let own = folder.map(|folder| folder.join("fs"));
+    if upper.is_none() && lower.len() == 2 && lower.last() == own.as_ref() {
+        // A view of nydus-snapshotter.
+        lower.clear();
+    }
     // Where the host has the image.
     lower.pop();
     for layer in &lower {
@@ -213,6 +220,8 @@ fn one_of(described: Vec<Description>) -> Result<Description, ImageError> {
 struct Description {
     bootstrap: PathBuf,
     config: String,
+    /// The snapshot's, with `fs` in it.
+    folder: Option<PathBuf>,
 }
 
 impl Description {
@@ -223,15 +232,14 @@ impl Description {
             fields.path("source")?.ok_or(ImageError::Missing { option: OPTION, field: "source" })?;
         let config = fields.config("config")?;
         let version = fields.text("fs_version")?.unwrap_or_default();
-        // Where its upper and work directories are, which the mount says as well.
-        fields.text("snapshotdir")?;
+        let folder = fields.text("snapshotdir")?.map(PathBuf::from);
         warnings.extend(fields.rest());
         match version.as_str() {
             // The image service looks for itself.
             "" | "v5" | "5" | "v6" | "6" => {}
             _ => return Err(ImageError::Version { version }),
         }
-        Ok(Description { bootstrap, config })
+        Ok(Description { bootstrap, config, folder })
     }
 
     fn volume(text: &str, warnings: &mut Vec<String>) -> Result<Self, ImageError> {
@@ -246,7 +254,7 @@ impl Description {
         let bootstrap = fields.path("source")?.ok_or_else(|| missing("source"))?;
         let mut image = fields.object("nydus_image")?.ok_or_else(|| missing("nydus_image"))?;
         let config = image.config("config")?;
-        image.text("snapshot_dir")?;
+        let folder = image.text("snapshot_dir")?.map(PathBuf::from);
         warnings.extend(image.rest());
         // Said of mounts that are not ours to make, or of other kinds of volumes.
         for field in ["fs_type", "options", "direct_volume", "image_pull"] {
@@ -256,7 +264,7 @@ impl Description {
             return Err(ImageError::Option { option: "dm_verity".to_owned() });
         }
         warnings.extend(fields.rest());
-        Ok(Description { bootstrap, config })
+        Ok(Description { bootstrap, config, folder })
     }
 }
 

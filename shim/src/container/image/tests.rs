@@ -122,6 +122,19 @@ fn layers_over_the_image_stay_in_order() {
     assert_eq!(parse(&mount("fuse.nydus-overlayfs", &options)).unwrap().upper, None);
 }
 
+/// `mountRemote` of nydus-snapshotter: for a view the image's mount, then the view's own folder.
+#[test]
+fn a_view_of_nydus_snapshotter_has_no_layers() {
+    let [config, _] = configs();
+    let extra = extra(&nydus_extra(&config));
+    let view = "lowerdir=/s/2/mnt:/var/lib/containerd-nydus/snapshots/7/fs".to_owned();
+    let root = parse(&mount("fuse.nydus-overlayfs", &[view, extra.clone()])).unwrap();
+    assert_eq!((root.layers.len(), root.upper), (0, None));
+    let other = "lowerdir=/s/8/fs:/s/2/mnt".to_owned();
+    let root = parse(&mount("fuse.nydus-overlayfs", &[other, extra])).unwrap();
+    assert_eq!(root.layers, [Path::new("/s/8/fs")]);
+}
+
 #[test]
 fn unknown_fields_are_named_in_warnings() {
     let [config, _] = configs();
