@@ -143,6 +143,9 @@ pub fn resolve(spec: &mut Spec) -> Result<(), DeviceError> {
 fn resolve_in(sys: &Path, spec: &mut Spec) -> Result<(), DeviceError> {
     let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
     let Some(mut devices) = linux.devices().clone() else { return Ok(()) };
+    // `ctr run --privileged --device` lists a device twice, which runc makes once.
+    let mut paths = std::collections::HashSet::new();
+    devices.retain(|device| paths.insert(device.path().clone()));
     for device in &mut devices {
         match (device.typ(), device.major()) {
             (LinuxDeviceType::B, DISK_MAJOR) => {
@@ -238,6 +241,14 @@ mod tests {
         let error = disk(1).unwrap_err().to_string();
         assert_eq!(error, "device /dev/xvda: this VM has no disk with serial number \"ctvm-disk-1\"");
         assert!(matches!(disk(-5), Err(DeviceError::NoDisk { .. })));
+    }
+
+    #[test]
+    fn of_two_devices_with_one_path_the_first_counts() {
+        let (first, second) = (3, 200);
+        let device = |minor| format!(r#"{{"path":"/dev/null","type":"c","major":1,"minor":{minor}}}"#);
+        let both = format!("{},{}", device(first), device(second));
+        assert_eq!(numbers(&both).unwrap(), (1, 3), "the second is not even looked for");
     }
 
     #[test]
