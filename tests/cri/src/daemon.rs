@@ -49,6 +49,17 @@ impl Daemon {
         Self::start_as(Setup { config: with_snapshotter, ..setup })
     }
 
+    /// The lab's own with `ctvm-snapshotter`, and all of its files in `parent`.
+    pub fn start_with_snapshotter_in(parent: &Path) -> Result<Daemon> {
+        let setup = Setup { parent: parent.to_owned(), ..Setup::default() };
+        Self::start_as(Setup { config: with_snapshotter, ..setup })
+    }
+
+    /// The lab's own with Debian's nydus-snapshotter, which has to serve at [`node::NYDUS_SNAPSHOTTER`](e2e::node::NYDUS_SNAPSHOTTER).
+    pub fn start_with_nydus_snapshotter() -> Result<Daemon> {
+        Self::start_as(Setup { config: with_nydus_snapshotter, ..Setup::default() })
+    }
+
     fn start_from(setup: Setup) -> Result<Daemon> {
         Self::start_as(Setup { config: configuration, ..setup })
     }
@@ -87,12 +98,19 @@ impl Daemon {
 
 /// As [`configuration`], with the lines that an operator adds (`shim/snapshotter/README.md`).
 fn with_snapshotter(folder: &Path) -> Result<String> {
+    with_plugin(folder, "ctvm", e2e::node::SNAPSHOTTER)
+}
+
+/// The same for nydus-snapshotter.
+fn with_nydus_snapshotter(folder: &Path) -> Result<String> {
+    with_plugin(folder, "nydus", e2e::node::NYDUS_SNAPSHOTTER)
+}
+
+fn with_plugin(folder: &Path, name: &str, address: &str) -> Result<String> {
     const CONTAINERD: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n";
-    let ours = "snapshotter = \"ctvm\"\ndisable_snapshot_annotations = false\n";
+    let ours = format!("snapshotter = \"{name}\"\ndisable_snapshot_annotations = false\n");
     let usual = configuration(folder)?.replace(CONTAINERD, &format!("{CONTAINERD}{ours}"));
-    Ok(format!(
-        "{usual}\n[proxy_plugins.ctvm]\ntype = \"snapshot\"\naddress = \"/run/ctvm/snapshotter.sock\"\n"
-    ))
+    Ok(format!("{usual}\n[proxy_plugins.{name}]\ntype = \"snapshot\"\naddress = \"{address}\"\n"))
 }
 
 fn configuration(folder: &Path) -> Result<String> {

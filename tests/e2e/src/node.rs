@@ -19,6 +19,9 @@ pub const IMAGES: &str = "/run/ctvm/images.sock";
 /// Where containerd looks for the snapshotter, unless a test says otherwise.
 pub const SNAPSHOTTER: &str = "/run/ctvm/snapshotter.sock";
 
+/// Where nydus-snapshotter serves containerd.
+pub const NYDUS_SNAPSHOTTER: &str = "/run/containerd-nydus/containerd-nydus-grpc.sock";
+
 /// A program of ours.
 pub fn program(name: &str) -> Command {
     Command::new(Path::new(BIN).join(name))
@@ -71,6 +74,47 @@ pub fn snapshotter_for(registry: &str, folder: &Path, address: &Path) -> Result<
     serve.args(["snapshotter", "--plain-http", registry]);
     serve.arg("--address").arg(address).arg("--root").arg(folder.join("snapshots"));
     Service::start(&mut serve, || answers(address))
+}
+
+/// Debian's nydus-snapshotter, with its files in `folder/nydus`, told what `shim/snapshotter/README.md` says; `driver` is its
+/// `fs_driver`.
+pub fn nydus_snapshotter(folder: &Path, driver: &str) -> Result<Service> {
+    let (config, daemon, root) =
+        (folder.join("nydus.toml"), folder.join("nydusd.json"), folder.join("nydus"));
+    let backend = r#"{"type": "registry", "config": {"scheme": "http"}}"#;
+    let cache = r#"{"type": "blobcache"}"#;
+    fs::write(
+        &daemon,
+        format!("{{\"device\": {{\"backend\": {backend}, \"cache\": {cache}}}, \"mode\": \"direct\"}}"),
+    )?;
+    let text = format!(
+        r#"version = 1
+root = "{}"
+address = "{NYDUS_SNAPSHOTTER}"
+daemon_mode = "shared"
+[daemon]
+fs_driver = "{driver}"
+nydusd_path = "{BIN}/ctvm-nydusd"
+nydusd_config = "{}"
+recover_policy = "restart"
+[snapshot]
+enable_nydus_overlayfs = true
+[system]
+enable = false
+[metrics]
+address = ""
+[cgroup]
+enable = false
+[log]
+log_to_stdout = true
+"#,
+        root.display(),
+        daemon.display(),
+    );
+    fs::write(&config, text)?;
+    let mut serve = Command::new("containerd-nydus-grpc");
+    serve.arg("--config").arg(config);
+    Service::start(&mut serve, || answers(Path::new(NYDUS_SNAPSHOTTER)))
 }
 
 /// Whether something listens there. The image service wants packets, not a stream: its refusal is an answer.

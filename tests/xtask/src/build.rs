@@ -74,10 +74,10 @@ pub fn host_programs() -> Result<[PathBuf; 3]> {
 }
 
 /// The node's image service, the snapshotter and the image converter as they ship.
-pub fn image_programs() -> Result<[PathBuf; 4]> {
+pub fn image_programs() -> Result<[PathBuf; 5]> {
     let packages = ["images", "convert", "snapshotter"].map(|name| ["--package", name]).concat();
     run(cargo("build").args(["--profile", "service", "--bins"]).args(packages))?;
-    let programs = ["ctvm-images", "ctvm-convert", "ctvm-snapshotter", "nydus-overlayfs"];
+    let programs = ["ctvm-images", "ctvm-convert", "ctvm-snapshotter", "ctvm-nydusd", "nydus-overlayfs"];
     Ok(programs.map(|name| target().join("service").join(name)))
 }
 

@@ -13,7 +13,7 @@ use crate::steps::{quietly, step};
 use crate::tree::Tree;
 
 /// What the lab's user land holds; dependencies follow.
-const USER_LAND: [&str; 34] = [
+const USER_LAND: [&str; 35] = [
     "base-files",
     "base-passwd",
     "bash",
@@ -40,6 +40,7 @@ const USER_LAND: [&str; 34] = [
     "libseccomp2",
     "mawk",
     "mount",
+    "nydus-snapshotter",
     "procps",
     "qemu-system-x86",
     "runc",
