@@ -88,7 +88,7 @@ fn registry_service_and_snapshotter_are_killed() -> Result<()> {
         reader.join().expect("a reader does not panic")?;
         // Five seconds are the longest pause; the rest is the lab's.
         eprintln!("the reader went on {:.1?} after the registry was back", back.elapsed());
-        ensure!(back.elapsed() < Duration::from_secs(30), "it went on after {:?}", back.elapsed());
+        ensure!(back.elapsed() < Duration::from_secs(60), "it went on after {:?}", back.elapsed());
         anyhow::Ok(())
     })
     .context("the registry killed")?;

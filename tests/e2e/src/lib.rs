@@ -9,6 +9,7 @@ pub mod command;
 pub mod containerd;
 pub mod image_reader;
 pub mod image_service;
+pub mod layer;
 pub mod link;
 pub mod loop_device;
 pub mod netns;

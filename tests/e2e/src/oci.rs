@@ -1,4 +1,5 @@
-//! OCI images made on the spot: a tree for each layer, packed by `tar` into a layout folder.
+//! OCI images made on the spot, in a layout folder: a tree for each layer, packed by `tar`, or archives with what no tree of the lab
+//! could have.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -9,6 +10,9 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::{SHARE, run, run_with_input};
+
+/// What containerd calls an image that it [imports](Layout::pack).
+pub const NAME: &str = "ctvm.local/original:latest";
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -82,16 +86,36 @@ impl Layout {
     /// The layout `folder` with one image: `sources`, a layer each, the lowest first, and `config`, the image's
     /// [configuration](https://github.com/opencontainers/image-spec/blob/main/config.md) but for its `rootfs` and platform.
     pub fn of(folder: &Path, sources: &[Layer<'_>], config: &serde_json::Value) -> Result<Layout> {
+        fs::create_dir_all(folder)?;
+        let mut archives = Vec::new();
+        for (number, source) in sources.iter().enumerate() {
+            let tar = folder.join(format!("layer-{number}.tar"));
+            source.pack(&tar)?;
+            archives.push(tar);
+        }
+        Self::of_archives(folder, &archives, config)
+    }
+
+    /// The same with a layer of each of `archives`, which are moved into the layout. One that ends in `.gz` is compressed.
+    pub fn of_archives(folder: &Path, archives: &[PathBuf], config: &serde_json::Value) -> Result<Layout> {
         let layout = Layout { folder: folder.to_owned() };
         fs::create_dir_all(layout.blobs())?;
-        let mut layers = Vec::new();
-        for source in sources {
-            let tar = folder.join("layer.tar");
-            source.pack(&tar)?;
-            let size = fs::metadata(&tar)?.len();
-            layers.push(json!({"mediaType": LAYER, "digest": layout.take(&tar)?, "size": size}));
+        let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+        for archive in archives {
+            let gzip = archive.extension().is_some_and(|extension| extension == "gz");
+            let media_type = if gzip { format!("{LAYER}+gzip") } else { LAYER.to_owned() };
+            let size = fs::metadata(archive)?.len();
+            if gzip {
+                let script = "gzip -dc \"$0\" | sha256sum";
+                let sum = run(Command::new("sh").args(["-c", script]).arg(archive))?.ok()?;
+                diff_ids.push(format!("sha256:{}", sum.split(' ').next().context("a digest")?));
+            }
+            let digest = layout.take(archive)?;
+            if !gzip {
+                diff_ids.push(digest.clone());
+            }
+            layers.push(json!({"mediaType": media_type, "digest": digest, "size": size}));
         }
-        let diff_ids: Vec<_> = layers.iter().map(|layer| layer["digest"].clone()).collect();
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": config,
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
@@ -100,8 +124,10 @@ impl Layout {
         let config = json!({"mediaType": CONFIG, "digest": layout.add(&config)?, "size": config.len()});
         let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers})
             .to_string();
-        let manifest =
-            json!({"mediaType": MANIFEST, "digest": layout.add(&manifest)?, "size": manifest.len()});
+        let manifest = json!({
+            "mediaType": MANIFEST, "digest": layout.add(&manifest)?, "size": manifest.len(),
+            "annotations": {"io.containerd.image.name": NAME},
+        });
         fs::write(
             folder.join("index.json"),
             json!({"schemaVersion": 2, "manifests": [manifest]}).to_string(),
@@ -113,6 +139,18 @@ impl Layout {
     /// How `ctvm image convert` is told of it.
     pub fn source(&self) -> String {
         format!("oci:{}", self.folder.display())
+    }
+
+    /// The layout as one file, for `ctr images import`.
+    pub fn pack(&self, to: &Path) -> Result<()> {
+        let folder = self.folder.as_os_str();
+        run(Command::new("tar").arg("-cf").arg(to).arg("-C").arg(folder).args([
+            "blobs",
+            "index.json",
+            "oci-layout",
+        ]))?
+        .ok()?;
+        Ok(())
     }
 
     fn blobs(&self) -> PathBuf {

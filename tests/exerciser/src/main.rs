@@ -3,6 +3,7 @@
 //!
 //! It has no expectations. The test that runs it (`tests/cri/tests/exercise.rs`) has a table of them.
 //!
+//! `exerciser list FOLDER` and `exerciser reads FILE COUNT` look at files, for a comparison (`tests/cri/tests/contents.rs`).
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
 //! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
 //! is PID 1 of the peer's guest in `benches/src/q35.rs`; `exerciser read sequential FILE` and `exerciser read random FILE COUNT` time
@@ -11,6 +12,7 @@
 mod content;
 mod hostile;
 mod hotplug;
+mod list;
 mod map;
 mod names;
 mod read;
@@ -39,6 +41,8 @@ fn main() -> Result<()> {
         ["hotplug"] => hotplug::witness(),
         ["read", "sequential", path] => read::sequential(path),
         ["read", "random", path, count] => read::random(path, count.parse()?),
+        ["list", folder] => list::list(folder.as_ref()),
+        ["reads", file, count] => list::reads(file.as_ref(), count.parse()?),
         ["network", tcp, udp] => network(tcp, udp),
         _ => exercise(),
     }

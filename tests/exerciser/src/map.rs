@@ -52,6 +52,19 @@ impl Map {
     }
 }
 
+/// Has `look` look at the first `size` bytes of a file that nobody changes, mapped.
+pub fn with_bytes<T>(file: &File, size: usize, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    let (protection, flags) = (ProtFlags::READ, MapFlags::PRIVATE);
+    // SAFETY: the kernel chooses where, so nothing that exists is overwritten.
+    let address = unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, flags, file, 0) }?;
+    // SAFETY: readable for `size` bytes until it is unmapped below; the image's files do not change, and a file that is cut short
+    // would end this program by a signal, which its test notices.
+    let seen = look(unsafe { std::slice::from_raw_parts(address.cast(), size) });
+    // SAFETY: the range is the mapping, and `look` has given its reference back.
+    unsafe { rustix::mm::munmap(address, size) }?;
+    Ok(seen)
+}
+
 impl Drop for Map {
     fn drop(&mut self) {
         // SAFETY: the range is the mapping, and nobody has a reference into it.

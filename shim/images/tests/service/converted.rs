@@ -288,8 +288,13 @@ fn plain_layers_get_indexes_and_stay_as_they_are() {
     // The two gzip layers alone, written by a tar that fills in device numbers.
     let layer = |items: &[Item]| {
         let mut plain = Vec::new();
-        convert::tar::normalise(archive(items).as_slice(), &mut plain, &mut Default::default(), &mut Default::default())
-            .expect("fine");
+        convert::tar::normalise(
+            archive(items).as_slice(),
+            &mut plain,
+            &mut Default::default(),
+            &mut Default::default(),
+        )
+        .expect("fine");
         gzip(&plain)
     };
     let text = b"all work and no play\n".repeat(20_000);
