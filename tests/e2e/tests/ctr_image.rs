@@ -130,13 +130,18 @@ impl Rig {
 
     /// Makes, starts and waits for the container, and deletes it; its exit code and its output.
     fn run(&self, bootstrap: &Path, config: &Value) -> Result<(u32, String)> {
+        self.run_on(self.mount(bootstrap, config)?)
+    }
+
+    /// The same on another mount.
+    fn run_on(&self, root: Mount) -> Result<(u32, String)> {
         let output = self.bundle.join("output");
         let context = || with_duration(command::LIMIT);
         let id = || "image".to_owned();
         let create = CreateTaskRequest {
             id: id(),
             bundle: self.bundle.display().to_string(),
-            rootfs: vec![self.mount(bootstrap, config)?],
+            rootfs: vec![root],
             stdout: format!("file://{}", output.display()),
             stderr: format!("file://{}", output.display()),
             ..Default::default()
@@ -215,6 +220,44 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
     ensure!(fs::metadata(upper.join("big"))?.len() == BIG as u64);
     rig.containerd.remove("first")?;
     Ok(())
+}
+
+/// Two layers of the host between the image and what is written, as a snapshotter hands over what was committed on top of an image.
+#[test]
+fn layers_over_an_image_are_seen_in_their_order() -> Result<()> {
+    let _node = NODE.lock();
+    let tree = Tree::new()?;
+    let converted = tree.path("converted");
+    let mut convert = node::program("ctvm-convert");
+    run(convert.args(["folder", "--chunk-size", "65536"]).arg(tree.path("tree")).arg(&converted))?.ok()?;
+    let (below, above) = (tree.path("below"), tree.path("above"));
+    for layer in [&below, &above] {
+        fs::create_dir_all(layer.join("etc"))?;
+        fs::create_dir_all(layer.join("dir"))?;
+    }
+    fs::write(below.join("etc/motd"), "of the layer below\n")?;
+    fs::write(below.join("etc/below"), "below\n")?;
+    fs::write(above.join("etc/motd"), "of the layer above\n")?;
+    // Marks as containerd leaves them: a file of the layer below is gone, and all of a folder of the image's.
+    run(Command::new("mknod").arg(above.join("etc/below")).args(["c", "0", "0"]))?.ok()?;
+    rustix::fs::setxattr(above.join("dir"), "trusted.overlay.opaque", b"y", rustix::fs::XattrFlags::empty())?;
+    fs::write(above.join("dir/new"), "new\n")?;
+    let service = node::image_service(tree.folder.path())?;
+    let rig = Rig::new(
+        "cat /etc/motd; test ! -e /etc/below && echo gone; ls /dir; md5sum < /big; echo own > /etc/motd; cat /etc/motd",
+    )?;
+    let config =
+        json!({"device": {"backend": {"type": "localfs", "config": {"dir": converted.join("blobs")}}}});
+    let mut mount = rig.mount(&converted.join("image.boot"), &config)?;
+    let image = "/var/lib/containerd-nydus/snapshots/2/mnt";
+    mount.options[2] = format!("lowerdir={}:{}:{image}", above.display(), below.display());
+    let (status, output) = rig.run_on(mount)?;
+    let wanted = format!("of the layer above\ngone\nnew\n{}  -\nown\n", tree.sums["big"]);
+    ensure!(status == 0 && output == wanted, "status {status}: {output}\nwanted {wanted}");
+    ensure!(fs::read_to_string(rig.snapshot.join("fs/etc/motd"))? == "own\n");
+    ensure!(fs::read_to_string(above.join("etc/motd"))? == "of the layer above\n", "a layer is written to");
+    rig.containerd.remove("first")?;
+    service.stop()
 }
 
 #[test]
