@@ -80,7 +80,7 @@ fn wanted() -> Result<String> {
     let (small, noise, text, empty, other) = (small?, noise?, text?, empty?, sum(oci::noise(8, 70_001))?);
     Ok(format!(
         "1234\n1235 1300\n{noise}  noise\n{text}  text\n{small}  small\n{empty}  empty\n{other}  other\n\
-         lrwxrwxrwx    1 0        0                5 Jan  1  2024 link -> small\nsmall\n{noise}  -\nthe same\n"
+         lrwxrwxrwx    1 root     root             5 Jan  1  2024 link -> small\nsmall\n{noise}  -\nthe same\n"
     ))
 }
 
