@@ -365,6 +365,10 @@ impl Sandbox {
     fn change_state(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state.lock().expect("no code panics while it holds this lock");
         change(&mut state);
+        // What is ending removes the file with its directory, and nobody would do so again.
+        if *self.closing.borrow() != Closing::No {
+            return;
+        }
         if let Err(e) = state.write(&self.state_dir) {
             log::error!("state file in {}: {e}", self.state_dir.display());
         }

@@ -126,7 +126,6 @@ impl State {
     /// # Errors
     /// When the directory or the file cannot be written.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
-        std::fs::create_dir_all(dir)?;
         let next = dir.join(".state.json");
         std::fs::write(&next, serde_json::to_vec(self).expect("our own types serialise"))?;
         std::fs::rename(&next, dir.join(STATE_FILE))
@@ -195,6 +194,12 @@ mod tests {
             network: None,
             fifos: vec![],
         };
+        assert_eq!(
+            state.write(&dir).unwrap_err().kind(),
+            io::ErrorKind::NotFound,
+            "a removed one stays away"
+        );
+        std::fs::create_dir_all(&dir).unwrap();
         state.write(&dir).unwrap();
         let with_vmm = State { vmm: Some(ProcessId { pid: 3, start_ticks: 4 }), ..state };
         with_vmm.write(&dir).unwrap();
