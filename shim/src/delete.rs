@@ -148,6 +148,7 @@ mod tests {
             network: None,
             fifos: vec![fifo.clone(), ordinary.clone()],
         };
+        std::fs::create_dir_all(&dir).unwrap();
         state.write(&dir).unwrap();
         assert_eq!(clean(&dir, Some(root.path())).unwrap(), vmm.id());
         assert!(!vmm.wait().unwrap().success());

@@ -53,8 +53,13 @@ fuzz_target!(|data: &[u8]| {
         Backend::Registry(registry) => {
             assert!(registry.scheme == "http" || registry.scheme == "https");
             assert!(!registry.host.is_empty() && !registry.repo.is_empty());
-            assert!(registry.timeout_s > 0 && registry.connect_timeout_s > 0);
+            assert!(registry.link.timeout_s > 0 && registry.link.connect_timeout_s > 0);
             assert!(!format!("{registry:?}").contains("password"));
+        }
+        Backend::Bucket(bucket) => {
+            assert!(bucket.scheme == "http" || bucket.scheme == "https");
+            assert!(!bucket.endpoint.is_empty() && !bucket.bucket.is_empty());
+            assert!(bucket.link.timeout_s > 0 && bucket.link.connect_timeout_s > 0);
         }
     }
 });

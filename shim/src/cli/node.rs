@@ -380,10 +380,14 @@ mod tests {
         // Longer than a socket's address may be.
         let long = "n".repeat(120);
         let me = ProcessId::of(std::process::id());
-        let state = |shim| State { shim, socket: "/x".into(), ..State::default() };
-        state(me).write(&root.path().join(&long).join("alive")).unwrap();
+        let make = |namespace: &str, id: &str, shim| {
+            let dir = root.path().join(namespace).join(id);
+            std::fs::create_dir_all(&dir).unwrap();
+            State { shim, socket: "/x".into(), ..State::default() }.write(&dir).unwrap();
+        };
+        make(&long, "alive", me);
         let dead = ProcessId { start_ticks: 1, ..me.unwrap() };
-        state(Some(dead)).write(&root.path().join("default").join("dead")).unwrap();
+        make("default", "dead", Some(dead));
         std::fs::create_dir_all(root.path().join("default").join("going")).unwrap();
         std::fs::write(root.path().join("file"), "").unwrap();
         let found = sandboxes_in(root.path()).unwrap();
