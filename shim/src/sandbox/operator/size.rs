@@ -65,19 +65,19 @@ fn results(to: &mut Exposition, stats: &Stats) {
     }
 }
 
-/// How devices that come and go while the VM runs can end, in the monitor's words.
-const PLUGS: [&str; 5] = ["attached", "detached", "refused", "timed_out", "reset"];
+/// The one of the monitor's counters of devices that goes up and down.
+const PARKED: &str = "parked";
 
 fn plugs(to: &mut Exposition, stats: &Stats) {
-    let count = |name: &str| stats.plugs.get(name).copied().unwrap_or(0);
     let help = "Devices attached to and detached from the running VM, by how it ended: attached, detached, refused, \
         timed_out, reset.";
     let mut family = to.family("ctvm_device_plugs_total", Kind::Counter, help);
-    for result in PLUGS {
-        family.sample(&[("result", result)], count(result));
+    // By the monitor's names, which has one counter that only goes up for each end.
+    for (result, count) in stats.plugs.iter().filter(|(name, _)| *name != PARKED) {
+        family.sample(&[("result", result)], *count);
     }
     let help = "Devices that the guest may still have and that go as soon as it has given them up.";
-    to.gauge("ctvm_devices_parked", help, count("parked"));
+    to.gauge("ctvm_devices_parked", help, stats.plugs.get(PARKED).copied().unwrap_or(0));
 }
 
 /// `le_N_us` as pairs of N and its count, by N.

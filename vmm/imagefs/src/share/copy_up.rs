@@ -53,7 +53,7 @@ impl Share {
     }
 }
 
-/// Whether a path is one of an overlay's own: `…/work/#HEX`.
+/// Whether a path is one of an overlay's own: a file `#HEX` of a folder `work`.
 fn is_copy(path: &[u8]) -> bool {
     let mut parts = path.rsplit(|byte| *byte == b'/');
     let number = parts.next().and_then(|name| name.strip_prefix(b"#"));
@@ -67,18 +67,18 @@ mod tests {
 
     #[test]
     fn copies_are_known_by_their_place() {
-        for path in ["/work/work/#1", "/var/lib/x/7/work/work/#a0f"] {
+        for path in ["/upper/work/#1", "/x/7/upper/work/#a0f"] {
             assert!(is_copy(path.as_bytes()), "{path}");
         }
         for path in [
-            "/work/work/#",
-            "/work/work/1",
+            "/upper/work/#",
+            "/upper/work/1",
             "/fs/#1",
-            "/work/work/#1/x",
+            "/upper/work/#1/x",
             "#1",
             "",
-            "/work/#x",
-            "/work/#1 (deleted)",
+            "/upper/work/#x",
+            "/upper/work/#1 (deleted)",
         ] {
             assert!(!is_copy(path.as_bytes()), "{path}");
         }
