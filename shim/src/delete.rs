@@ -19,6 +19,8 @@ use crate::{clock, paths};
 
 /// How long a VMM has to flush and end after its lease did. containerd gives `delete` five seconds.
 const VMM_GRACE: Duration = Duration::from_millis(1500);
+/// How long a shim has to answer for its last containers and end.
+const SHIM_GRACE: Duration = Duration::from_secs(1);
 /// What the tasks of a dead shim ended with, as far as anyone can tell: SIGKILL.
 const EXIT_STATUS: u32 = 128 + 9;
 
@@ -44,9 +46,10 @@ pub fn run(args: &Args) -> Result<Vec<u8>> {
 pub fn clean(state_dir: &Path, bundle: Option<&Path>) -> Result<u32> {
     let mut pid = 0;
     if let Some(state) = State::read(state_dir).with_context(|| state_dir.display().to_string())? {
-        // A shim that containerd gave up on may still run; its end ends the VMM's lease.
+        // A shim that containerd gave up on may still run; its end ends the VMM's lease. Or it is about to end, of which
+        // containerd, where several containers went at once, hears too early.
         if let Some(shim) = &state.shim {
-            shim.end(Duration::ZERO).context("ending the shim")?;
+            shim.end(SHIM_GRACE).context("ending the shim")?;
         }
         if let Some(vmm) = &state.vmm {
             pid = vmm.pid;

@@ -167,7 +167,11 @@ impl Task for TaskService {
         let sandbox = self.0.clone();
         // A pod of the Sandbox API lives on without containers.
         if !sandbox.is_pod() {
-            run(async move { Ok(sandbox.shutdown(request.now).await) }).await?;
+            run(async move {
+                sandbox.shutdown_for(&request.id, request.now).await;
+                Ok(())
+            })
+            .await?;
         }
         Ok(Empty::new())
     }

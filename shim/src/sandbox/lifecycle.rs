@@ -244,6 +244,7 @@ impl Sandbox {
         event.exit_status = exit.status;
         event.exited_at = MessageField::some(exit.at.clone());
         self.events.publish(&Event::Delete(event));
+        self.one_less();
         Ok((pid, exit))
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ pub struct Sandbox {
     vm: watch::Sender<Progress>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     closing: watch::Sender<Closing>,
+    /// Nobody will ask for its end any more: the last container that is deleted ends it.
+    let_go: AtomicBool,
     /// The control groups that this process came from, once it has left them.
     home_groups: tokio::sync::Mutex<Vec<PathBuf>>,
     /// For a sandbox of the Sandbox API alone.
@@ -135,6 +138,7 @@ impl Sandbox {
             vm: watch::Sender::new(Progress::Booting),
             containers: Mutex::default(),
             closing: watch::Sender::new(Closing::No),
+            let_go: AtomicBool::new(false),
             home_groups: tokio::sync::Mutex::default(),
             pod: Mutex::default(),
             users: OnceLock::new(),
@@ -394,6 +398,7 @@ impl Sandbox {
         }
         // Before the VM ends, so that its end is no news.
         if !begins(&self.closing) {
+            self.closed().await;
             return true;
         }
         // A boot on its way is given a moment.
@@ -419,6 +424,23 @@ impl Sandbox {
         log::info!("timeline {}", self.timeline.to_json());
         self.closing.send_replace(Closing::Done);
         true
+    }
+
+    /// [`Sandbox::shutdown`] for the container `id`. containerd deletes the containers of a lost VM in any order. Once that
+    /// which gave the sandbox its name is gone it has `delete` clean up, and asks for nothing more, whatever is left.
+    pub async fn shutdown_for(&self, id: &str, now: bool) {
+        if id == self.id && self.container(id).is_err() {
+            self.let_go.store(true, Ordering::Relaxed);
+        }
+        self.shutdown(now).await;
+    }
+
+    /// A container was deleted.
+    fn one_less(self: &Arc<Self>) {
+        if self.let_go.load(Ordering::Relaxed) {
+            let sandbox = Arc::clone(self);
+            tokio::spawn(async move { sandbox.shutdown(false).await });
+        }
     }
 
     /// Waits for [`Sandbox::shutdown`] to be done.
