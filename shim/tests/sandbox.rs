@@ -297,6 +297,28 @@ async fn a_killed_vmm_ends_its_tasks() {
 }
 
 #[tokio::test]
+async fn the_last_container_ends_a_sandbox_that_nobody_will_ask_to() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let task = sleeping(&daemon).await;
+    daemon.make_bundle("app", &["sleep"], Some("web"));
+    task.create(ctx(), &create_request(&daemon, "app")).await.unwrap();
+    task.start(ctx(), &start_request("app", "")).await.unwrap();
+    kill_9(&daemon.state("web").unwrap()["vmm"]["pid"]);
+    // containerd hears of both ends at once, and may be done with the first container first.
+    assert_eq!(wait(&task, "web", "").await, 137);
+    assert_eq!(wait(&task, "app", "").await, 137);
+    delete(&task, "web", "").await.unwrap();
+    shutdown(&task, "web").await;
+    assert_eq!(delete(&task, "app", "").await.unwrap(), 137);
+    drop(task);
+    daemon.nothing_left().await;
+    assert_eq!(daemon.topics_when(8).await[6..], ["/tasks/delete", "/tasks/delete"]);
+}
+
+#[tokio::test]
 async fn a_container_that_never_ran_is_killed_and_deleted() {
     if !is_root() {
         return;
