@@ -1,5 +1,6 @@
 //! The streaming side of CRI: `v4.channel.k8s.io` over WebSocket, where the first byte of a message names the stream.
 
+use std::collections::BTreeMap;
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -26,7 +27,11 @@ pub const RESIZE: u8 = 4;
 
 /// An open connection.
 #[derive(Debug)]
-pub struct Channels(WebSocket<TcpStream>);
+pub struct Channels {
+    socket: WebSocket<TcpStream>,
+    /// What came on a stream while another was waited for, or behind what was waited for.
+    unread: BTreeMap<u8, Vec<u8>>,
+}
 
 impl Channels {
     /// Opens what a CRI server gave the address of.
@@ -39,19 +44,19 @@ impl Channels {
         let stream = TcpStream::connect((host.trim_matches(['[', ']']), port))?;
         stream.set_read_timeout(Some(LIMIT))?;
         let (socket, _) = tungstenite::client(request, stream).map_err(|e| anyhow::anyhow!("{url}: {e}"))?;
-        Ok(Channels(socket))
+        Ok(Channels { socket, unread: BTreeMap::new() })
     }
 
     /// Sends bytes on a stream.
     pub fn send(&mut self, stream: u8, bytes: &[u8]) -> Result<()> {
         let message = [&[stream], bytes].concat();
-        Ok(self.0.send(Message::binary(message))?)
+        Ok(self.socket.send(Message::binary(message))?)
     }
 
-    /// The next bytes of any stream; none at the end.
+    /// The next message of any stream, beside what [`Channels::read_until`] left unread; none at the end.
     pub fn receive(&mut self) -> Result<Option<(u8, Vec<u8>)>> {
         loop {
-            match self.0.read() {
+            match self.socket.read() {
                 Ok(Message::Binary(bytes)) => match bytes.split_first() {
                     Some((stream, rest)) => return Ok(Some((*stream, rest.to_vec()))),
                     None => bail!("a message without a stream"),
@@ -70,36 +75,35 @@ impl Channels {
         }
     }
 
-    /// Reads until a stream has brought `wanted`; all that came on it.
+    /// Reads a stream up to and with `wanted`.
     pub fn read_until(&mut self, stream: u8, wanted: &str) -> Result<String> {
-        let mut got = Vec::new();
         loop {
-            let text = String::from_utf8_lossy(&got).into_owned();
-            if text.contains(wanted) {
-                return Ok(text);
+            let unread = self.unread.entry(stream).or_default();
+            if let Some(at) = unread.windows(wanted.len()).position(|bytes| bytes == wanted.as_bytes()) {
+                let read: Vec<u8> = unread.drain(..at + wanted.len()).collect();
+                return Ok(String::from_utf8_lossy(&read).into_owned());
             }
+            let so_far = String::from_utf8_lossy(unread).into_owned();
             match self.receive()? {
-                Some((from, bytes)) if from == stream => got.extend(bytes),
-                Some(_) => {}
-                None => bail!("the stream ended without {wanted:?}: {text:?}"),
+                Some((from, bytes)) => self.unread.entry(from).or_default().extend(bytes),
+                None => bail!("the stream ended without {wanted:?}: {so_far:?}"),
             }
         }
     }
 
-    /// Reads to the end: standard output, standard error and the status.
+    /// Reads to the end: the rest of standard output, standard error and the status.
     pub fn read_all(&mut self) -> Result<[String; 3]> {
-        let mut got = [const { Vec::new() }; 3];
         while let Some((stream, bytes)) = self.receive()? {
-            if let Some(to) = got.get_mut(usize::from(stream).wrapping_sub(1)) {
-                to.extend(bytes);
-            }
+            self.unread.entry(stream).or_default().extend(bytes);
         }
-        Ok(got.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+        Ok([STDOUT, STDERR, STATUS].map(|stream| {
+            String::from_utf8_lossy(&self.unread.remove(&stream).unwrap_or_default()).into_owned()
+        }))
     }
 
     /// Hangs up.
     pub fn close(mut self) -> Result<()> {
-        self.0.close(None)?;
+        self.socket.close(None)?;
         // To the answer: what is read here is of no use any more.
         while self.receive()?.is_some() {}
         Ok(())

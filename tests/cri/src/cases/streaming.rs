@@ -4,7 +4,7 @@ use k8s_cri::v1::{AttachRequest, ExecRequest};
 
 use super::{Case, Ground, case};
 use crate::Pod;
-use crate::websocket::{Channels, RESIZE, STATUS, STDERR, STDIN, STDOUT};
+use crate::websocket::{Channels, RESIZE, STDERR, STDIN, STDOUT};
 
 pub(super) const CASES: &[Case] = &[
     case("exec streams output and errors apart, and says the exit code", exec),
@@ -72,7 +72,7 @@ fn exec_terminal(on: &Ground) -> Result<()> {
     channels.send(STDIN, b"until stty size | grep '45 123'; do sleep 0.1; done; tty; exit 5\n")?;
     channels.read_until(STDOUT, "\n45 123\r")?;
     channels.read_until(STDOUT, "/dev/pts/")?;
-    let status = channels.read_until(STATUS, "}")?;
+    let [_, _, status] = channels.read_all()?;
     ensure!(status.contains('5'), "status {status:?}");
     pod.end()
 }
