@@ -16,6 +16,7 @@
 #include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/prio.h>
 #include <linux/socket.h>
 #include <linux/uio.h>
 #include <linux/vm_sockets.h>
@@ -270,7 +271,11 @@ static int upcall_thread(void *unused)
 {
 	unsigned int pause = PAUSE_MS;
 
-	sched_set_fifo_low(current);
+	/*
+	 * Before ordinary programs. Not real-time: where a program is, and spins at a higher priority, all of that class
+	 * stands still while the kernel keeps time for the others, and the program comes first while it does not.
+	 */
+	sched_set_normal(current, MIN_NICE);
 	for (;;) {
 		switch (converse()) {
 		case SERVED:

@@ -3,6 +3,9 @@
 use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -10,15 +13,42 @@ use anyhow::{Context as _, Result, bail};
 const HOST: u32 = 2;
 const PORT: u32 = 1025;
 
+/// Threads that have the highest priority there is, and spin.
+static SPINNING: AtomicUsize = AtomicUsize::new(0);
+
 /// Takes every CPU from everybody for ever: real-time threads of the highest priority, and no share left for others.
 pub fn spin() -> Result<()> {
     std::fs::write("/proc/sys/kernel/sched_rt_runtime_us", "-1").context("sched_rt_runtime_us")?;
     let cpus = std::thread::available_parallelism()?.get();
-    println!("spinning");
-    std::io::stdout().flush()?;
+    announce()?;
     // What was written takes its way to the host before nothing does any more.
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    let spinners: Vec<_> = (0..cpus).map(|_| std::thread::spawn(spin_one)).collect();
+    std::thread::sleep(Duration::from_secs(1));
+    join(spinners(cpus))
+}
+
+/// The same on so many threads, but others have the twentieth part of the time that the kernel keeps for them by default.
+pub fn spin_on(threads: usize) -> Result<()> {
+    let spinners = spinners(threads);
+    while SPINNING.load(Ordering::Relaxed) < threads {
+        if spinners.iter().any(JoinHandle::is_finished) {
+            return join(spinners);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    announce()?;
+    join(spinners)
+}
+
+fn announce() -> Result<()> {
+    println!("spinning");
+    Ok(std::io::stdout().flush()?)
+}
+
+fn spinners(threads: usize) -> Vec<JoinHandle<Result<()>>> {
+    (0..threads).map(|_| std::thread::spawn(spin_one)).collect()
+}
+
+fn join(spinners: Vec<JoinHandle<Result<()>>>) -> Result<()> {
     for spinner in spinners {
         spinner.join().expect("a spinner does not panic")?;
     }
@@ -31,6 +61,7 @@ fn spin_one() -> Result<()> {
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const highest) } != 0 {
         return Err(std::io::Error::last_os_error()).context("SCHED_FIFO");
     }
+    SPINNING.fetch_add(1, Ordering::Relaxed);
     loop {
         std::hint::spin_loop();
     }

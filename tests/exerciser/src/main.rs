@@ -5,7 +5,7 @@
 //!
 //! `exerciser list FOLDER` and `exerciser reads FILE COUNT` look at files, for a comparison (`tests/cri/tests/contents.rs`).
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
-//! about; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
+//! about, `exerciser spin THREADS` what `tests/e2e/tests/vm_resize.rs` resizes under; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
 //! is PID 1 of the peer's guest in `benches/src/q35.rs`; `exerciser read sequential FILE` and `exerciser read random FILE COUNT` time
 //! reads for `benches/src/nydus/read.rs`.
 
@@ -35,6 +35,7 @@ fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["spin"] => hostile::spin(),
+        ["spin", threads] => hostile::spin_on(threads.parse()?),
         ["vsock", count] => hostile::vsock(count.parse()?),
         ["tcp", count] => hostile::tcp(count.parse()?),
         ["upcall", fault] => upcall::run(fault),
