@@ -18,6 +18,7 @@ pub mod error;
 pub mod filter;
 pub mod mounts;
 pub mod nydus;
+pub mod remap;
 pub mod service;
 pub mod snapshot;
 pub mod store;

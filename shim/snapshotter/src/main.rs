@@ -21,6 +21,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 ///     [proxy_plugins.ctvm]
 ///       type = "snapshot"
 ///       address = "/run/ctvm/snapshotter.sock"
+///       capabilities = ["remap-ids"]
 ///     [plugins."io.containerd.grpc.v1.cri".containerd]
 ///       snapshotter = "ctvm"
 ///       disable_snapshot_annotations = false

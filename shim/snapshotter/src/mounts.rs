@@ -5,8 +5,9 @@ use std::path::Path;
 use crate::api::Mount;
 use crate::error::SnapshotError;
 use crate::nydus;
+use crate::remap;
 use crate::snapshot::{Kind, Snapshot};
-use crate::store::{Store, kind_error};
+use crate::store::{Store, kind_error, owner};
 
 /// The mounts of a snapshot that is not committed.
 pub fn of(store: &Store, config: &nydus::Config, name: &str) -> Result<Vec<Mount>, SnapshotError> {
@@ -26,15 +27,23 @@ pub fn of(store: &Store, config: &nydus::Config, name: &str) -> Result<Vec<Mount
     }
     Ok(vec![match (top.kind, layers) {
         (Kind::View, []) => bind(&store.files(top), "ro"),
-        (Kind::View, [only]) => bind(&store.files(only), "ro"),
+        (Kind::View, [only]) => {
+            let mut mount = bind(&store.files(only), "ro");
+            mount.options.extend(maps(store, top, layers)?);
+            mount
+        }
         (_, []) => bind(&store.files(top), "rw"),
-        _ => overlay("overlay", options(store, top, layers)),
+        _ => overlay("overlay", options(store, top, layers)?),
     }])
 }
 
-/// `upperdir=` and `workdir=` of what is active, `lowerdir=` of the layers.
-pub(crate) fn options(store: &Store, top: &Snapshot, layers: &[&Snapshot]) -> Vec<String> {
-    let mut options = Vec::new();
+/// `upperdir=` and `workdir=` of what is active, `lowerdir=` of the layers, and how owners of what is below are shifted.
+pub(crate) fn options(
+    store: &Store,
+    top: &Snapshot,
+    layers: &[&Snapshot],
+) -> Result<Vec<String>, SnapshotError> {
+    let mut options = maps(store, top, layers)?;
     if top.kind == Kind::Active {
         options.push(format!("workdir={}", store.work(top).display()));
         options.push(format!("upperdir={}", store.files(top).display()));
@@ -43,7 +52,17 @@ pub(crate) fn options(store: &Store, top: &Snapshot, layers: &[&Snapshot]) -> Ve
         let lower: Vec<_> = layers.iter().map(|layer| store.files(layer).display().to_string()).collect();
         options.push(format!("lowerdir={}", lower.join(":")));
     }
-    options
+    Ok(options)
+}
+
+/// How the owners of what is in `layers` are shifted for `top`. A containerd that does not know that this can be has done it itself, in
+/// a layer of its own above the image's, and says the maps nevertheless.
+fn maps(store: &Store, top: &Snapshot, layers: &[&Snapshot]) -> Result<Vec<String>, SnapshotError> {
+    let (Some(root), Some(layer)) = (remap::root(&top.labels)?, layers.first()) else {
+        return Ok(Vec::new());
+    };
+    let is_shifted = owner(&store.files(layer))? == root;
+    Ok(if is_shifted { Vec::new() } else { remap::options(&top.labels) })
 }
 
 pub(crate) fn overlay(kind: &str, options: Vec<String>) -> Mount {

@@ -60,7 +60,9 @@ pub(crate) fn mount(
         "snapshotdir": store.files(top).parent(),
         "fs_version": fs_version(&bootstrap.labels),
     });
-    let mut options = mounts::options(store, top, layers);
+    // The last of `lowerdir` is where a host has the image mounted, as nydus-snapshotter has it; ours mounts none.
+    let with_image: Vec<&Snapshot> = layers.iter().copied().chain([bootstrap]).collect();
+    let mut options = mounts::options(store, top, &with_image)?;
     options.push(format!("extraoption={}", STANDARD.encode(extra.to_string())));
     Ok(mounts::overlay(MOUNT_TYPE, options))
 }

@@ -16,6 +16,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::error::SnapshotError;
+use crate::remap;
 use crate::snapshot::{Kind, Labels, Snapshot, Usage, now};
 
 const META: &str = "meta.json";
@@ -101,6 +102,10 @@ impl Store {
             return Err(SnapshotError::Exists(name.to_owned()));
         }
         let parent = (!parent.is_empty()).then(|| self.committed(parent)).transpose()?;
+        // The root of the container has its owner from the layer below, if it is not another's there than here.
+        let own = remap::root(&labels)?;
+        let below = || parent.map(|parent| self.files(parent)).map(|from| owner(&from)).transpose();
+        let owner = own.map_or_else(below, |own| Ok(Some(own)))?;
         let id = self.next;
         let (created, usage) = (now(), Usage::default());
         let snapshot = Snapshot {
@@ -113,16 +118,12 @@ impl Store {
             labels,
             usage,
         };
-        // The root of the container has its owner from the layer below.
-        let owner = parent.map(|parent| self.files(parent));
         let folder = self.root.join("new").join(id.to_string());
         let files = folder.join("fs");
         fs::create_dir_all(&files).map_err(SnapshotError::at(&files))?;
         fs::set_permissions(&files, fs::Permissions::from_mode(0o755)).map_err(SnapshotError::at(&files))?;
-        if let Some(from) = owner {
-            let metadata = fs::metadata(&from).map_err(SnapshotError::at(&from))?;
-            std::os::unix::fs::chown(&files, Some(metadata.uid()), Some(metadata.gid()))
-                .map_err(SnapshotError::at(&files))?;
+        if let Some((uid, gid)) = owner {
+            std::os::unix::fs::chown(&files, Some(uid), Some(gid)).map_err(SnapshotError::at(&files))?;
         }
         if kind == Kind::Active {
             let work = folder.join("work");
@@ -237,6 +238,12 @@ fn numbered(folder: &Path) -> Result<Vec<(u64, PathBuf)>, SnapshotError> {
         }
     }
     Ok(found)
+}
+
+/// User and group.
+pub(crate) fn owner(path: &Path) -> Result<(u32, u32), SnapshotError> {
+    let metadata = fs::metadata(path).map_err(SnapshotError::at(path))?;
+    Ok((metadata.uid(), metadata.gid()))
 }
 
 fn write_meta(folder: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {

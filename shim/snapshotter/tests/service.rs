@@ -13,6 +13,7 @@ use snapshotter::api::{
     UpdateRequest,
 };
 use snapshotter::nydus::{BLOB, BOOTSTRAP, Config, FS_VERSION, IMAGE_REF, MOUNT_TYPE, TARGET};
+use snapshotter::remap::{GID_MAPPING, UID_MAPPING};
 use snapshotter::service::Service;
 use snapshotter::store::Store;
 use tempfile::TempDir;
@@ -275,7 +276,8 @@ async fn a_nydus_image_is_not_unpacked() {
     let mounts = containerd.prepare("container", "boot", &[]).await.unwrap();
     let [mount] = &mounts[..] else { panic!("{mounts:?}") };
     assert_eq!((mount.r#type.as_str(), mount.source.as_str()), (MOUNT_TYPE, "overlay"));
-    assert_eq!(option(mount, "lowerdir="), None, "nothing is unpacked");
+    let lower = option(mount, "lowerdir=").unwrap();
+    assert!(!lower.contains(':'), "nothing is unpacked");
     let extra =
         base64::engine::general_purpose::STANDARD.decode(option(mount, "extraoption=").unwrap()).unwrap();
     let extra: Value = serde_json::from_slice(&extra).unwrap();
@@ -286,6 +288,47 @@ async fn a_nydus_image_is_not_unpacked() {
     let config: Value = serde_json::from_str(extra["config"].as_str().unwrap()).unwrap();
     assert_eq!(config["device"]["backend"]["config"]["repo"], "app");
     assert_eq!(config["device"]["backend"]["config"]["scheme"], "http");
+
+    // What was committed over it is before where the image would be.
+    containerd.layer("over", "boot").await;
+    containerd.layer("more", "over").await;
+    let mounts = containerd.prepare("second", "more", &[]).await.unwrap();
+    let dirs = option(&mounts[0], "lowerdir=").unwrap();
+    let dirs: Vec<&str> = dirs.split(':').collect();
+    assert!(Path::new(dirs[0]).join("more").exists() && Path::new(dirs[1]).join("over").exists());
+    assert_eq!(dirs[2..], [lower.as_str()]);
+}
+
+/// As containerd asks for it where it is told that we can.
+#[tokio::test]
+async fn owners_are_shifted_by_whoever_mounts() {
+    let mut containerd = Containerd::start().await;
+    containerd.layer("base", "").await;
+    let files = containerd.view("look", "base").await.unwrap()[0].source.clone();
+    let give = |path: &str, uid, gid| std::os::unix::fs::chown(path, Some(uid), Some(gid));
+    if give(&files, 0, 0).is_err() {
+        eprintln!("not run: this takes root");
+        return;
+    }
+    let (uid, gid) = (200_000, 300_000);
+    let (uids, gids) = (format!("0:{uid}:65536"), format!("0:{gid}:65536"));
+    let labels = [(UID_MAPPING, uids.as_str()), (GID_MAPPING, gids.as_str())];
+    let mounts = containerd.prepare("container", "base", &labels).await.unwrap();
+    assert_eq!(option(&mounts[0], "uidmap="), Some(uids.clone()));
+    assert_eq!(option(&mounts[0], "gidmap="), Some(gids.clone()));
+    assert_eq!(containerd.mounts("container").await.unwrap(), mounts);
+    let upper = std::fs::metadata(option(&mounts[0], "upperdir=").unwrap()).unwrap();
+    assert_eq!((upper.uid(), upper.gid()), (uid, gid));
+    let view = containerd.client.view(create("view", "base", &labels)).await.unwrap().into_inner().mounts;
+    assert_eq!((view[0].r#type.as_str(), option(&view[0], "uidmap=")), ("bind", Some(uids.clone())));
+    // By containerd itself, where it is not told.
+    let own = containerd.prepare("own-remap", "base", &[]).await.unwrap();
+    give(&option(&own[0], "upperdir=").unwrap(), uid, gid).unwrap();
+    containerd.commit("own", "own-remap").await.unwrap();
+    let mounts = containerd.prepare("of-own", "own", &labels).await.unwrap();
+    assert_eq!((option(&mounts[0], "uidmap="), option(&mounts[0], "gidmap=")), (None, None));
+    assert_eq!(code(containerd.prepare("half", "base", &labels[..1]).await), Code::InvalidArgument);
+    assert_eq!(code(containerd.stat("half").await), Code::NotFound);
 }
 
 /// Another image shares its first layer; a third has a blob of the same name on top of another one.
