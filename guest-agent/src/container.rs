@@ -139,7 +139,7 @@ impl Container {
         let files = Files {
             bundle: Path::new(BUNDLES).join(id),
             state: Path::new(CONTAINERS).join(id),
-            _root: mounts::make_all(&request.rootfs, &root)?,
+            _root: mounts::make_all(&request.rootfs, &root, &guest.users)?,
             _huge_pages: huge_pages,
             _nodes: nodes,
         };

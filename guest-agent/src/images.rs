@@ -5,12 +5,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use agent_api::image::{MAX_PARTS, parse_part};
-use nix::mount::{MsFlags, mount};
+use agent_api::image::{MAX_PARTS, OWN_USERS, parse_part};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
+use crate::users::{Users, UsersError};
 use crate::{devices, sys};
 
 /// An image cannot be mounted.
@@ -34,6 +37,9 @@ pub enum ImageError {
         /// How many.
         count: usize,
     },
+    /// Its owners are to be shifted to users that are not there.
+    #[error(transparent)]
+    Users(#[from] UsersError),
     /// The kernel refused.
     #[error("{what} {path}")]
     Os {
@@ -77,13 +83,22 @@ impl Drop for Partitions {
     }
 }
 
-/// Mounts the image on the disk with that serial number at `target`, read-only.
+/// Mounts the image on the disk with that serial number at `target`, read-only, and with the option for it as `users` see
+/// it.
 ///
 /// # Errors
 /// [`ImageError`]; nothing is left then.
-pub fn make(serial: &str, target: &Path, options: &[String]) -> Result<Partitions, ImageError> {
+pub fn make(
+    serial: &str,
+    target: &Path,
+    options: &[String],
+    users: &Users,
+) -> Result<Partitions, ImageError> {
+    let own_users = options.iter().any(|option| option == OWN_USERS);
+    let users = own_users.then(|| users.open()).transpose()?;
     let parts: Vec<(u64, u64)> = options
         .iter()
+        .filter(|option| *option != OWN_USERS)
         .map(|option| parse_part(option).ok_or_else(|| ImageError::Part { option: option.clone() }))
         .collect::<Result<_, _>>()?;
     if !(1..=MAX_PARTS).contains(&parts.len()) {
@@ -109,7 +124,22 @@ pub fn make(serial: &str, target: &Path, options: &[String]) -> Result<Partition
     let data = Some(data.as_str()).filter(|data| !data.is_empty());
     mount(Some(&made.node(1)), target, Some("erofs"), flags, data)
         .map_err(|errno| os("mounting the image at", target)(errno.into()))?;
+    if let Some(users) = users {
+        shift(target, users.as_fd())?;
+    }
     Ok(made)
+}
+
+/// Puts a mount that shows the owners of files as `users` have them in the place of the one at `target`. Only one that nobody
+/// has seen yet can be made such (`mount_setattr(2)`), so it is a clone. If this fails, nothing is mounted any more.
+fn shift(target: &Path, users: BorrowedFd<'_>) -> Result<(), ImageError> {
+    let clone = open_tree(CWD, target, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC);
+    umount2(target, MntFlags::MNT_DETACH)
+        .map_err(|errno| os("unmounting the image at", target)(errno.into()))?;
+    let clone = clone.map_err(|errno| os("cloning the image at", target)(errno.into()))?;
+    idmap::set(clone.as_fd(), users, false).map_err(os("shifting the owners of the image at", target))?;
+    move_mount(&clone, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|errno| os("mounting the image at", target)(errno.into()))
 }
 
 fn os(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageError + use<> {
@@ -125,11 +155,13 @@ mod tests {
     fn what_is_no_image_is_said() {
         let refused = |options: &[&str]| {
             let options: Vec<String> = options.iter().map(|o| (*o).to_owned()).collect();
-            make("no-such-disk", Path::new("/nowhere"), &options).unwrap_err().to_string()
+            let made = make("no-such-disk", Path::new("/nowhere"), &options, &Users::default());
+            made.unwrap_err().to_string()
         };
         assert_eq!(refused(&[]), "an image of 0 parts, must be 1 to 129");
         assert_eq!(refused(&["part=0:4096", "ro"]), "\"ro\" is not a part of a disk");
         assert_eq!(refused(&["part=0:4096"]), "this VM has no disk with serial number \"no-such-disk\"");
+        assert!(refused(&["part=0:4096", "own-users"]).contains("the sandbox has none"));
         let many = vec!["part=0:4096"; MAX_PARTS + 1];
         assert_eq!(refused(&many), "an image of 130 parts, must be 1 to 129");
     }

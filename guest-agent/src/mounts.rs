@@ -8,6 +8,7 @@ use agent_api::task::Mount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::images::{self, ImageError, Partitions};
+use crate::users::Users;
 
 /// What could not be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +59,8 @@ impl Drop for Mounted {
     }
 }
 
-/// Makes the mounts of a request, in order. One without a target is for `root`.
-pub fn make_all(mounts: &[Mount], root: &Path) -> Result<Mounted, MountError> {
+/// Makes the mounts of a request, in order. One without a target is for `root`; an image may be for the sandbox's `users`.
+pub fn make_all(mounts: &[Mount], root: &Path, users: &Users) -> Result<Mounted, MountError> {
     let mut made = Mounted::default();
     for wanted in mounts {
         let target = match wanted.target.as_str() {
@@ -69,7 +70,7 @@ pub fn make_all(mounts: &[Mount], root: &Path) -> Result<Mounted, MountError> {
         };
         let ours = !target.exists();
         let partitions = if wanted.type_ == image::MOUNT_TYPE {
-            let made = images::make(&wanted.source, &target, &wanted.options);
+            let made = images::make(&wanted.source, &target, &wanted.options, users);
             Some(made.map_err(|cause| {
                 error(&wanted.source, &target, &wanted.type_, &[], Cause::Image(cause.into()))
             })?)

@@ -1,10 +1,13 @@
 //! A mount of a create request that is an image on a disk of the VM: its type, and what its options say.
 //!
 //! `source` is the serial number of the disk ([`crate::disk_serial`]). The options are the parts of the disk, in order:
-//! first the EROFS, then the blobs that it takes its data from. An overlay over it is a mount of its own.
+//! first the EROFS, then the blobs that it takes its data from; and [`OWN_USERS`]. An overlay over it is a mount of its own.
 
 /// `type` of such a mount.
 pub const MOUNT_TYPE: &str = "ctvm-image";
+
+/// Option: owners of files are shifted as the sandbox's user namespace shifts them.
+pub const OWN_USERS: &str = "own-users";
 
 /// Below it, by the container's id, are the images that overlays lie over.
 pub const LOWER_PATH: &str = "/run/ctvm/image";

@@ -1,7 +1,7 @@
 //! Id-mapped mounts: a tree of files that shows their owners shifted, as a user namespace has them.
 //!
 //! A package of its own since it takes `clone(2)` and `mount_setattr(2)`, and everything else of the shim forbids
-//! `unsafe`.
+//! `unsafe`. The guest's agent uses it, too.
 
 use std::fs::File;
 use std::io;

@@ -47,6 +47,8 @@ const MAY: &[(&str, &[&str])] = &[
             "futures",
             "tracing",
             "nix",
+            "rustix",
+            "idmap",
         ],
     ),
     (
