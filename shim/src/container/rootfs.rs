@@ -16,7 +16,7 @@ use agent_api::users::IdMaps;
 
 use crate::container::image::{self, ImageError, ImageRoot};
 use crate::container::spec::IdMapped;
-use crate::container::users;
+use crate::container::users::{MountMaps, NotAMap};
 use containerd_shim_protos::api::Mount;
 use rustix::fs::{CWD, Mode, OFlags, open, statfs};
 use rustix::mount::{
@@ -196,9 +196,12 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
     let mut recursive = kind == "rbind";
     let mut lower = Vec::new();
     let mut rest = Vec::new();
-    let (mut uids, mut gids) = (None, None);
+    let mut maps = MountMaps::default();
     for option in &mount.options {
         let refused = || RootfsError::Option { kind: kind.to_owned(), option: option.clone() };
+        if maps.take(option).map_err(|NotAMap| refused())? {
+            continue;
+        }
         match option.as_str() {
             "ro" => read_only = true,
             "rw" | "bind" | "private" | "rprivate" | "" => {}
@@ -206,12 +209,6 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
             // Instructions for containerd's mount manager, which should have carried them out.
             o if o.starts_with("X-containerd.") || o == "loop" || o.starts_with("loop=") => {
                 return Err(refused());
-            }
-            o if o.starts_with("uidmap=") => {
-                uids = Some(users::option(&o["uidmap=".len()..]).ok_or_else(refused)?);
-            }
-            o if o.starts_with("gidmap=") => {
-                gids = Some(users::option(&o["gidmap=".len()..]).ok_or_else(refused)?);
             }
             o if is_bind && matches!(o, "nosuid" | "nodev" | "noexec" | "noatime" | "relatime") => {}
             _ if is_bind => return Err(refused()),
@@ -222,12 +219,9 @@ fn parse_one(mount: &Mount) -> Result<Layer, RootfsError> {
         }
     }
     let incomplete = |what| RootfsError::Incomplete { kind: kind.to_owned(), what };
-    let maps = match (uids, gids) {
-        (Some(uids), Some(gids)) => Some(IdMaps { uids, gids }),
-        (None, None) => None,
-        (Some(_), None) => return Err(incomplete("gidmap beside its uidmap")),
-        (None, Some(_)) => return Err(incomplete("uidmap beside its gidmap")),
-    };
+    let maps = maps.both().map_err(|(_, lacks)| {
+        incomplete(if lacks == "gidmap" { "gidmap beside its uidmap" } else { "uidmap beside its gidmap" })
+    })?;
     if is_bind {
         if mount.source.is_empty() {
             return Err(incomplete("source"));
@@ -361,6 +355,18 @@ pub fn clone_tree(path: &Path, recursive: bool) -> Result<OwnedFd, RootfsError> 
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     open_tree(CWD, path, flags).map_err(errno("cloning the tree at", path))
+}
+
+/// A detached mount of `path`, the owners of its files shifted where there are `maps`.
+///
+/// # Errors
+/// [`RootfsError::Os`] and [`RootfsError::IdMap`].
+pub fn layer(path: &Path, maps: Option<&IdMaps>) -> Result<OwnedFd, RootfsError> {
+    let tree = clone_tree(path, false)?;
+    if let Some(maps) = maps {
+        id_map::shift(&tree, path, maps, false)?;
+    }
+    Ok(tree)
 }
 
 fn open_directory(path: &Path) -> Result<OwnedFd, RootfsError> {

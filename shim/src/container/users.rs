@@ -67,6 +67,46 @@ pub fn option(text: &str) -> Option<IdMap> {
     IdMap::new(ranges.collect::<Option<Vec<_>>>()?).ok()
 }
 
+/// `uidmap=` and `gidmap=` of a mount, as they are found among its options.
+#[derive(Debug, Default)]
+pub struct MountMaps {
+    uids: Option<IdMap>,
+    gids: Option<IdMap>,
+}
+
+/// An option that should be a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotAMap;
+
+impl MountMaps {
+    /// Takes an option, and says whether it is one of the two.
+    ///
+    /// # Errors
+    /// [`NotAMap`] for one of them with what is no map.
+    pub fn take(&mut self, text: &str) -> Result<bool, NotAMap> {
+        let (place, map) = match (text.strip_prefix("uidmap="), text.strip_prefix("gidmap=")) {
+            (Some(map), _) => (&mut self.uids, map),
+            (_, Some(map)) => (&mut self.gids, map),
+            (None, None) => return Ok(false),
+        };
+        *place = Some(option(map).ok_or(NotAMap)?);
+        Ok(true)
+    }
+
+    /// Both, or none.
+    ///
+    /// # Errors
+    /// The names of the one that is there and the one that is not.
+    pub fn both(self) -> Result<Option<IdMaps>, (&'static str, &'static str)> {
+        match (self.uids, self.gids) {
+            (Some(uids), Some(gids)) => Ok(Some(IdMaps { uids, gids })),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(("uidmap", "gidmap")),
+            (None, Some(_)) => Err(("gidmap", "uidmap")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -21,7 +21,7 @@ use crate::container::image::ImageRoot;
 use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
 use crate::container::overview::{Overview, Role};
-use crate::container::rootfs::HugePages;
+use crate::container::rootfs::{HugePages, RootfsError};
 use crate::container::spec::Place;
 use crate::container::{Container, Phase, Process, rootfs, spec};
 use crate::error::TaskError;
@@ -35,10 +35,6 @@ use crate::sandbox::streams::Expected;
 /// How long the guest has to dial a stream after it said that a process is made. It dials first, so this is for
 /// the news to overtake nothing.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Why a container has no image with users of its own: nobody shifts the owners of an image's files.
-const IMAGE_WITH_USERS: &str = "a container in a user namespace cannot have an image that comes as it is read (Nydus) \
-     for its root: use a snapshotter that unpacks it (overlayfs), or set hostUsers";
 
 /// How the guest sees a host directory.
 #[derive(Debug, Clone, Copy)]
@@ -138,9 +134,7 @@ impl Sandbox {
         container.set_hooks(overview.hooks.clone(), subject(&container.id, &container.bundle, &overview));
         let root = rootfs::parse(&request.rootfs)?;
         if let rootfs::Root::Image(image) = &root {
-            if self.users().is_some() {
-                return Err(TaskError::Request(IMAGE_WITH_USERS));
-            }
+            image.is_for(self.users()).map_err(RootfsError::from)?;
             for warning in &image.warnings {
                 log::warn!(container:% = id; "{warning}");
             }
@@ -255,7 +249,7 @@ impl Sandbox {
         // A snapshot belongs to its container: containerd hands it out once, and writes nothing into it.
         let options = |read_only| ShareOptions { read_only, cache: FsCache::Exclusive, layer: true };
         for (index, layer) in image.layers.iter().enumerate() {
-            let dir = rootfs::clone_tree(layer, false)?;
+            let dir = rootfs::layer(layer, image.maps.as_ref())?;
             self.share(vm, container, &images::layer_share(&container.id, index), dir, options(true)).await?;
         }
         if let Some(upper) = &image.upper {

@@ -252,8 +252,8 @@ impl Opened {
         (blobs, fds)
     }
 
-    /// The mount of the disk for the agent.
-    fn mount(&self, serial: &str, target: String) -> Result<Mount, OpenError> {
+    /// The mount of the disk for the agent; with `own_users`, for the sandbox's.
+    fn mount(&self, serial: &str, target: String, own_users: bool) -> Result<Mount, OpenError> {
         let parts = disk_parts(self.bootstrap_bytes, self.image.blobs.iter().map(|blob| blob.bytes));
         let parts = parts.ok_or_else(|| OpenError::Answer {
             reason: "bootstrap and blobs are larger than a disk".to_owned(),
@@ -262,7 +262,11 @@ impl Opened {
             type_: image::MOUNT_TYPE.to_owned(),
             source: serial.to_owned(),
             target,
-            options: parts.iter().map(|part| image::part(part.start, part.bytes)).collect(),
+            options: parts
+                .iter()
+                .map(|part| image::part(part.start, part.bytes))
+                .chain(own_users.then(|| image::OWN_USERS.to_owned()))
+                .collect(),
             ..Mount::default()
         })
     }
@@ -303,7 +307,8 @@ impl Sandbox {
         vm.images.add(container, serial.clone(), request);
         let lower = format!("{}/{container}", image::LOWER_PATH);
         let overlay = overlay(container, root, &lower);
-        let image = opened.mount(&serial, if overlay.is_some() { lower } else { root_path(container) })?;
+        let target = if overlay.is_some() { lower } else { root_path(container) };
+        let image = opened.mount(&serial, target, root.maps.is_some())?;
         Ok(std::iter::once(image).chain(overlay).collect())
     }
 

@@ -49,15 +49,18 @@ impl Daemon {
         Self::start_as(Setup { config: with_snapshotter, ..setup })
     }
 
-    /// The lab's own with `ctvm-snapshotter`, and all of its files in `parent`.
-    pub fn start_with_snapshotter_in(parent: &Path) -> Result<Daemon> {
-        let setup = Setup { parent: parent.to_owned(), ..Setup::default() };
+    /// The same with all of its files in `parent`.
+    pub fn start_with_snapshotter_in(release: Option<&str>, parent: &Path) -> Result<Daemon> {
+        let setup =
+            Setup { release: release.map(str::to_owned), parent: parent.to_owned(), ..Setup::default() };
         Self::start_as(Setup { config: with_snapshotter, ..setup })
     }
 
-    /// The lab's own with Debian's nydus-snapshotter, which has to serve at [`node::NYDUS_SNAPSHOTTER`](e2e::node::NYDUS_SNAPSHOTTER).
-    pub fn start_with_nydus_snapshotter() -> Result<Daemon> {
-        Self::start_as(Setup { config: with_nydus_snapshotter, ..Setup::default() })
+    /// The given release, or the lab's own, with Debian's nydus-snapshotter, which has to serve at
+    /// [`node::NYDUS_SNAPSHOTTER`](e2e::node::NYDUS_SNAPSHOTTER).
+    pub fn start_with_nydus_snapshotter(release: Option<&str>) -> Result<Daemon> {
+        let setup = Setup { release: release.map(str::to_owned), ..Setup::default() };
+        Self::start_as(Setup { config: with_nydus_snapshotter, ..setup })
     }
 
     fn start_from(setup: Setup) -> Result<Daemon> {
@@ -110,7 +113,8 @@ fn with_plugin(folder: &Path, name: &str, address: &str) -> Result<String> {
     const CONTAINERD: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n";
     let ours = format!("snapshotter = \"{name}\"\ndisable_snapshot_annotations = false\n");
     let usual = configuration(folder)?.replace(CONTAINERD, &format!("{CONTAINERD}{ours}"));
-    Ok(format!("{usual}\n[proxy_plugins.{name}]\ntype = \"snapshot\"\naddress = \"{address}\"\n"))
+    let plugin = format!("type = \"snapshot\"\naddress = \"{address}\"\ncapabilities = [\"remap-ids\"]\n");
+    Ok(format!("{usual}\n[proxy_plugins.{name}]\n{plugin}"))
 }
 
 fn configuration(folder: &Path) -> Result<String> {

@@ -107,7 +107,7 @@ fn compared(many: usize) -> Result<()> {
     step("converted it");
     let service = node::image_service(folder)?;
     let snapshotter = node::snapshotter(folder, Path::new(node::SNAPSHOTTER))?;
-    let daemon = Daemon::start_with_snapshotter_in(disk.path())?;
+    let daemon = Daemon::start_with_snapshotter_in(None, disk.path())?;
     layout.pack(&folder.join("original.tar"))?;
     let mut import = daemon.containerd.ctr();
     import.args(["images", "import", "--snapshotter", "overlayfs"]).arg(folder.join("original.tar"));

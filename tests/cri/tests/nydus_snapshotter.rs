@@ -37,7 +37,7 @@ fn images_of_debians_nydus_snapshotter_run() -> Result<()> {
     convert(folder)?;
     let service = node::image_service(folder)?;
     let snapshotter = node::nydus_snapshotter(folder, "fusedev")?;
-    let daemon = Daemon::start_with_nydus_snapshotter()?;
+    let daemon = Daemon::start_with_nydus_snapshotter(None)?;
     daemon.cri.pull(NAME)?;
     let pod = Pod::run(&daemon.cri, "ctvm")?;
     let script = "id -u; id -G; echo own > /tmp/own; ls /tmp; md5sum < /bin/busybox > /dev/null && echo read";

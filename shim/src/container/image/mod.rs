@@ -3,7 +3,7 @@
 //! ```text
 //! type     fuse.nydus-overlayfs          (also with something behind, or with a path: the name of a mount helper)
 //! source   overlay
-//! options  lowerdir=LAYERS:IMAGE  upperdir=…  workdir=…
+//! options  lowerdir=LAYERS:IMAGE  upperdir=…  workdir=…  uidmap=…  gidmap=…
 //!          extraoption=BASE64            {source, config, snapshotdir, fs_version}
 //!          io.katacontainers.volume=BASE64   {volume_type, source, …, nydus_image: {config, snapshot_dir}, …}
 //! ```
@@ -20,7 +20,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use agent_api::users::IdMaps;
 use containerd_shim_protos::api::Mount;
+
+use super::users::{MountMaps, NotAMap};
 
 mod decode;
 
@@ -89,13 +92,23 @@ pub enum ImageError {
         work: PathBuf,
     },
     /// Only one of the two.
-    #[error("the image mount has an {has} and no {lacks}")]
+    #[error("the image mount has {has} and no {lacks}")]
     Half {
         /// What there is.
         has: &'static str,
         /// What there is not.
         lacks: &'static str,
     },
+    /// The container would own nothing of its image.
+    #[error(
+        "the sandbox has users of its own, and the image mount does not shift owners to them (uidmap, gidmap): if the snapshotter \
+         can, tell containerd (2.0 and later) so by `capabilities = [\"remap-ids\"]` in its table of proxy_plugins; if it cannot, use \
+         ctvm-snapshotter, or hostUsers"
+    )]
+    Unshifted,
+    /// The image's owners are shifted to users whom the container does not have.
+    #[error("uidmap and gidmap of the image mount are not the maps of the sandbox's user namespace")]
+    OtherUsers,
     /// An option that asks for something we do not do.
     #[error("option {option:?} of the image mount is not supported")]
     Option {
@@ -115,6 +128,8 @@ pub struct ImageRoot {
     pub layers: Vec<PathBuf>,
     /// Where what is written goes; nowhere, for a view.
     pub upper: Option<Upper>,
+    /// Owners of files of the image and of `layers` are shifted; those in `upper` are as they should be.
+    pub maps: Option<IdMaps>,
     /// Nothing is synced, as nothing has to survive.
     pub volatile: bool,
     /// What it said that we do not know.
@@ -135,12 +150,27 @@ pub struct Upper {
 /// Without the configuration.
 impl std::fmt::Debug for ImageRoot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let ImageRoot { bootstrap, layers, upper, .. } = self;
+        let ImageRoot { bootstrap, layers, upper, maps, .. } = self;
         f.debug_struct("ImageRoot")
             .field("bootstrap", bootstrap)
             .field("layers", layers)
             .field("upper", upper)
+            .field("maps", maps)
             .finish()
+    }
+}
+
+impl ImageRoot {
+    /// Checks that the owners of its files are those that a container with these `users` expects.
+    ///
+    /// # Errors
+    /// [`ImageError::Unshifted`], [`ImageError::OtherUsers`].
+    pub fn is_for(&self, users: Option<&IdMaps>) -> Result<(), ImageError> {
+        match &self.maps {
+            maps if maps.as_ref() == users => Ok(()),
+            None => Err(ImageError::Unshifted),
+            Some(_) => Err(ImageError::OtherUsers),
+        }
     }
 }
 
@@ -163,7 +193,11 @@ pub fn parse(mount: &Mount) -> Result<ImageRoot, ImageError> {
     let mut described = Vec::new();
     let mut warnings = Vec::new();
     let (mut lower, mut upper, mut work, mut volatile) = (Vec::new(), None, None, false);
+    let mut maps = MountMaps::default();
     for option in &mount.options {
+        if maps.take(option).map_err(|NotAMap| ImageError::Option { option: named(option) })? {
+            continue;
+        }
         if let Some(text) = option.strip_prefix(EXTRA) {
             described.push(Description::extra(text, &mut warnings)?);
         } else if let Some(text) = option.strip_prefix(VOLUME) {
@@ -179,10 +213,7 @@ pub fn parse(mount: &Mount) -> Result<ImageRoot, ImageError> {
                 "volatile" => volatile = true,
                 // Said of an overlay that the host would mount. The guest's has its own.
                 "ro" | "rw" | "" | "index=off" | "xino=off" | "metacopy=off" | "userxattr" => {}
-                other => {
-                    let option = other.split('=').next().unwrap_or_default().to_owned();
-                    return Err(ImageError::Option { option });
-                }
+                other => return Err(ImageError::Option { option: named(other) }),
             }
         }
     }
@@ -203,7 +234,13 @@ pub fn parse(mount: &Mount) -> Result<ImageRoot, ImageError> {
         (Some(_), None) => return Err(ImageError::Half { has: "upperdir", lacks: "workdir" }),
         (None, Some(_)) => return Err(ImageError::Half { has: "workdir", lacks: "upperdir" }),
     };
-    Ok(ImageRoot { bootstrap, config, layers: lower, upper, volatile, warnings })
+    let maps = maps.both().map_err(|(has, lacks)| ImageError::Half { has, lacks })?;
+    Ok(ImageRoot { bootstrap, config, layers: lower, upper, maps, volatile, warnings })
+}
+
+/// An option without its value.
+fn named(option: &str) -> String {
+    option.split('=').next().unwrap_or_default().to_owned()
 }
 
 /// The one description. The same image may be described in both ways.

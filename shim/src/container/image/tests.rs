@@ -1,5 +1,6 @@
 //! Mounts in the forms that snapshotters hand over.
 
+use agent_api::users::{IdMap, IdRange};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -136,6 +137,34 @@ fn a_view_of_nydus_snapshotter_has_no_layers() {
 }
 
 #[test]
+fn owners_are_shifted_as_the_sandbox_has_them_and_not_otherwise() {
+    let parsed = |more: &[&str]| {
+        let mut all = vec![extra(&nydus_extra(&configs()[0]))];
+        all.extend(more.iter().map(|&option| option.to_owned()));
+        parse(&mount("fuse.nydus-overlayfs", &options(&all)))
+    };
+    let map = |outside| IdMap::new([IdRange { inside: 0, outside, count: 65_536 }]).unwrap();
+    let users = IdMaps { uids: map(100_000), gids: map(200_000) };
+    let shifted = parsed(&["uidmap=0:100000:65536", "gidmap=0:200000:65536"]).unwrap();
+    assert_eq!(shifted.maps.as_ref(), Some(&users));
+    shifted.is_for(Some(&users)).unwrap();
+    let plain = parsed(&[]).unwrap();
+    plain.is_for(None).unwrap();
+    let said = |root: &ImageRoot, users: Option<&IdMaps>| root.is_for(users).unwrap_err().to_string();
+    assert!(said(&plain, Some(&users)).contains("capabilities = [\"remap-ids\"]"));
+    let others = IdMaps { uids: map(100_000), gids: map(100_000) };
+    for users in [None, Some(&others)] {
+        assert!(said(&shifted, users).contains("are not the maps of the sandbox's"));
+    }
+    let said = |more: &[&str]| parsed(more).unwrap_err().to_string();
+    assert_eq!(said(&["gidmap=0:1:1"]), "the image mount has gidmap and no uidmap");
+    assert_eq!(
+        said(&["uidmap=0:1", "gidmap=0:1:1"]),
+        "option \"uidmap\" of the image mount is not supported"
+    );
+}
+
+#[test]
 fn unknown_fields_are_named_in_warnings() {
     let [config, _] = configs();
     let mut value = nydus_extra(&config);
@@ -201,7 +230,7 @@ fn what_is_refused_is_refused_in_words() {
     assert!(refused(&two).starts_with("2 image volumes for one root"), "{}", refused(&two));
     assert!(refused(&[extra(&good), "redirect_dir=on".into()]).contains("\"redirect_dir\""));
     let half = mount("fuse.nydus-overlayfs", &[extra(&good), "lowerdir=/m".into(), "upperdir=/u/fs".into()]);
-    assert_eq!(parse(&half).unwrap_err().to_string(), "the image mount has an upperdir and no workdir");
+    assert_eq!(parse(&half).unwrap_err().to_string(), "the image mount has upperdir and no workdir");
     let apart = ["upperdir=/a/fs".into(), "workdir=/b/work".into(), "lowerdir=/m".into(), extra(&good)];
     assert!(
         parse(&mount("fuse.nydus-overlayfs", &apart))

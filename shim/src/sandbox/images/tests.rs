@@ -65,9 +65,11 @@ fn an_image_becomes_a_disk_and_a_mount() {
     assert_eq!(parts.channel, FdIndex(1));
     let blobs: Vec<_> = parts.blobs.iter().map(|blob| (blob.file.0, blob.bytes)).collect();
     assert_eq!(blobs, [(2, 9000), (3, 1)]);
-    let mount = image.mount("ctvm-disk-2", "/x".into()).unwrap();
+    let mount = image.mount("ctvm-disk-2", "/x".into(), false).unwrap();
     assert_eq!((mount.type_.as_str(), mount.source.as_str()), ("ctvm-image", "ctvm-disk-2"));
     assert_eq!(mount.options, ["part=0:8192", "part=8192:12288", "part=20480:4096"]);
+    let mount = image.mount("ctvm-disk-2", "/x".into(), true).unwrap();
+    assert_eq!(mount.options[2..], ["part=20480:4096", "own-users"]);
     // Again, for a disk that is there.
     let (blobs, fds) = image.parts(0);
     assert_eq!((blobs[0].file, blobs[1].file, fds.len()), (FdIndex(1), FdIndex(2), 3));
@@ -124,6 +126,7 @@ fn image_root(layers: &[&str], upper: bool) -> ImageRoot {
         config: String::new(),
         layers: layers.iter().map(PathBuf::from).collect(),
         upper: upper.then(|| Upper { parent: "/s/7".into(), upper: "fs".into(), work: "work".into() }),
+        maps: None,
         volatile: false,
         warnings: vec![],
     }
