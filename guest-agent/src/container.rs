@@ -7,12 +7,15 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
+use agent_api::image;
 use agent_api::task::{CreateTaskRequest, ExecProcessRequest};
 use libcontainer::container::Container as LibContainer;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use oci_spec::runtime::{LinuxSeccomp, PosixRlimit, Process as ProcessSpec, Spec};
+use tokio::time::timeout;
 
 use crate::boot::{BUNDLES, CONTAINERS};
 use crate::cgroup::Cgroup;
@@ -27,9 +30,13 @@ use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
 use crate::users::Users;
+use crate::verdict::{self, Verdict};
 use crate::{devices, pod, spec, sys, sysctl};
 
 mod control;
+
+/// How long a process has to end after it has said that it has no program.
+const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// The word for a container whose processes stand still, where another state's is [`Phase::name`].
 const PAUSED: &str = "paused";
@@ -54,8 +61,12 @@ pub struct Container {
     filter: Option<LinuxSeccomp>,
     /// Its users are the sandbox's, not the guest's.
     own_users: bool,
+    /// Its files are an image's that comes as it is read, and may not come.
+    of_image: bool,
     /// Its first process.
     pub init: Arc<Process>,
+    /// Of its program.
+    verdict: Mutex<Option<Verdict>>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     /// Shared while an exec is started, held alone while the container is paused: an exec that is frozen half-made
     /// would leave its request hanging.
@@ -153,7 +164,9 @@ impl Container {
             cgroup: Cgroup::of(id),
             filter: config.spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
             own_users,
+            of_image: request.rootfs.iter().any(|mount| mount.type_ == image::MOUNT_TYPE),
             init: Arc::new(Process::planned(names)),
+            verdict: Mutex::default(),
             execs: Mutex::default(),
             starting: tokio::sync::RwLock::default(),
             files,
@@ -161,8 +174,10 @@ impl Container {
         let bundle = container.files.bundle.clone();
         let at_exit = {
             let (cgroup, id) = (container.cgroup.clone(), id.clone());
+            let explain = container.explain_end(config.spec.process().as_ref());
             // A container without a pid namespace of its own leaves children that the kernel does not kill.
-            move || {
+            move |exit| {
+                explain(exit);
                 if !config.own_pid_namespace
                     && let Err(error) = cgroup.signal(libc::SIGKILL)
                 {
@@ -172,13 +187,15 @@ impl Container {
         };
         // Where it is among the sandbox's users, it may not raise them itself any more.
         let limits = process_limits(&config.spec).filter(|_| own_users).unwrap_or_default();
+        let (teller, verdict) = verdict::channel(container.of_image).map_err(TaskError::io("make a pipe"))?;
+        let keep = vec![teller.fd()];
         let made = container
-            .launch(&container.init, wiring, (owner, None), at_exit, move |builder| {
+            .launch(&container.init, wiring, (owner, keep), at_exit, move |builder| {
                 let syscall = create_syscall();
                 for limit in &limits {
                     syscall.set_rlimit(limit).map_err(|error| chain(&error))?;
                 }
-                let builder = builder.with_executor(Payload::init());
+                let builder = builder.with_executor(Payload::init().telling(teller));
                 let made = builder.as_init(&bundle).with_systemd(false).with_detach(true).build();
                 let pid = made.map_err(|error| chain(&error))?.pid();
                 pid.map(nix_pid).ok_or_else(|| "container has no process".to_owned())
@@ -190,11 +207,12 @@ impl Container {
             }
             return Err(error);
         }
+        *container.verdict() = Some(verdict);
         Ok(container)
     }
 
-    /// Lets the container's program start.
-    pub fn start(&self) -> Result<u32, TaskError> {
+    /// Lets the container's program start; see [`Self::judge`] for `patience`.
+    pub async fn start(&self, patience: Duration) -> Result<u32, TaskError> {
         match self.init.phase() {
             Phase::Created => {}
             phase => return Err(TaskError::State { what: "start", state: phase.name() }),
@@ -202,8 +220,46 @@ impl Container {
         LibContainer::load(self.files.state.clone())
             .and_then(|mut container| container.start())
             .map_err(|error| LaunchError::Refused(chain(&error)))?;
+        let verdict = self.verdict().take();
+        if let Some(verdict) = verdict {
+            self.judge(&self.init, verdict, patience).await?;
+        }
         self.init.mark_started();
         Ok(self.init.pid())
+    }
+
+    /// Fails if the program of `process` does not run. Where its bytes may be long in coming that is waited for, `patience` at
+    /// most; what is known later is logged.
+    async fn judge(&self, process: &Process, verdict: Verdict, patience: Duration) -> Result<(), TaskError> {
+        let mut judged = Box::pin(verdict.wait());
+        if self.of_image
+            && let Ok(judged) = timeout(patience, &mut judged).await
+        {
+            let Some(why) = judged else { return Ok(()) };
+            // So that it can be deleted at once. It ends by itself, unless somebody in the container spoke in its place.
+            if timeout(LAST_STEPS, process.wait()).await.is_err() {
+                let _ = process.signal(libc::SIGKILL.cast_unsigned());
+            }
+            return Err(LaunchError::Refused(why).into());
+        }
+        let id = self.id.clone();
+        tokio::spawn(async move {
+            if let Some(why) = judged.await {
+                log::error!(container:% = id; "{why}");
+            }
+        });
+        Ok(())
+    }
+
+    /// What to do at the end of a process: log what an operator would not guess.
+    fn explain_end(&self, spec: Option<&ProcessSpec>) -> impl FnOnce(Exit) + Send + use<> {
+        let program = spec.and_then(|spec| spec.args().as_ref()?.first().cloned());
+        let (id, program) = (self.id.clone(), program.filter(|_| self.of_image));
+        move |exit| {
+            if let Some(why) = program.and_then(|program| verdict::of_end(&program, exit.status)) {
+                log::error!(container:% = id; "{why}");
+            }
+        }
     }
 
     /// Announces an exec.
@@ -235,10 +291,10 @@ impl Container {
         }
     }
 
-    /// Makes an announced exec.
-    pub async fn start_exec(&self, exec_id: &str) -> Result<u32, TaskError> {
+    /// Makes an announced exec; see [`Self::judge`] for `patience`.
+    pub async fn start_exec(&self, exec_id: &str, patience: Duration) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
-        let _starting = self.starting.read().await;
+        let starting = self.starting.read().await;
         if self.is_paused() {
             return Err(TaskError::State { what: "start an exec", state: PAUSED });
         }
@@ -253,32 +309,36 @@ impl Container {
                 return Err(error);
             }
         };
-        let keep = entry.as_ref().map(UsersEntry::fd);
-        let payload = Payload::exec(self.filter.clone(), entry, &mut spec);
+        let (teller, verdict) = match verdict::channel(self.of_image) {
+            Ok(both) => both,
+            Err(error) => {
+                exec.process.failed();
+                return Err(TaskError::io("make a pipe")(error));
+            }
+        };
+        let keep = entry.as_ref().map(UsersEntry::fd).into_iter().chain([teller.fd()]).collect();
+        let payload = Payload::exec(self.filter.clone(), entry, &mut spec).telling(teller);
         let owner = (spec.user().uid(), spec.user().gid());
+        let at_exit = self.explain_end(Some(&spec));
         let written = spec::save(&spec, &file).map_err(TaskError::io("write the exec's process"));
         let made = match written {
             Ok(()) => {
                 let file = file.clone();
-                self.launch(
-                    &exec.process,
-                    wiring,
-                    (owner, keep),
-                    || {},
-                    move |builder| {
-                        let builder = builder.with_executor(payload);
-                        let made = builder.as_tenant().with_detach(true).with_process(Some(file)).build();
-                        made.map(nix_pid).map_err(|error| chain(&error))
-                    },
-                )
+                self.launch(&exec.process, wiring, (owner, keep), at_exit, move |builder| {
+                    let builder = builder.with_executor(payload);
+                    let made = builder.as_tenant().with_detach(true).with_process(Some(file)).build();
+                    made.map(nix_pid).map_err(|error| chain(&error))
+                })
                 .await
             }
             Err(error) => Err(error),
         };
         // The library has read it, or nobody will.
         let _ = std::fs::remove_file(&file);
+        drop(starting);
         match made {
             Ok(()) => {
+                self.judge(&exec.process, verdict, patience).await?;
                 exec.process.mark_started();
                 Ok(exec.process.pid())
             }
@@ -349,8 +409,8 @@ impl Container {
         &self,
         process: &Process,
         wiring: Wiring,
-        ((uid, gid), keep): ((u32, u32), Option<RawFd>),
-        at_exit: impl FnOnce() + Send + 'static,
+        ((uid, gid), keep): ((u32, u32), Vec<RawFd>),
+        at_exit: impl FnOnce(Exit) + Send + 'static,
         build: impl FnOnce(ContainerBuilder) -> Result<i32, String> + Send,
     ) -> Result<(), TaskError> {
         let id = self.id.clone();
@@ -359,7 +419,7 @@ impl Container {
             let console = Console::listen().map_err(TaskError::io("listen for the terminal"))?;
             let ends = Ends::Console(console.path.clone());
             let Launched { pid, launching } =
-                launch::run(reaper, &self.id, keep.as_slice(), move || build(builder(id, ends)?)).await?;
+                launch::run(reaper, &self.id, &keep, move || build(builder(id, ends)?)).await?;
             let exit = reaper.watch(pid);
             drop(launching);
             let master = console.receive().map_err(TaskError::io("receive the terminal"))?;
@@ -378,6 +438,10 @@ impl Container {
             process.launched(pid, exit, flow, at_exit);
         }
         Ok(())
+    }
+
+    fn verdict(&self) -> MutexGuard<'_, Option<Verdict>> {
+        self.verdict.lock().expect("no code panics while it holds this lock")
     }
 
     fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {

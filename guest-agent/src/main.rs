@@ -40,6 +40,7 @@ mod sys;
 mod sysctl;
 mod tasks;
 mod users;
+mod verdict;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

@@ -1,14 +1,17 @@
 //! The last steps in a container's process before its program: what `libcontainer` leaves to its executor.
 //!
-//! Its default executor is right but for two things, done here:
+//! Its default executor is right but for these things, done here:
 //! - Signals: the Rust runtime ignores SIGPIPE, and an ignored signal stays ignored across exec; a container's
 //!   `yes | head` would never end.
 //! - Seccomp of an exec: `libcontainer` 0.7 builds an exec's `linux` section anew (`adapt_spec_for_tenant`) with no
 //!   `seccomp` in it, so that exec'd processes run unfiltered. The container's filter is loaded here instead.
+//! - A program that cannot be run: the default executor's words reach nobody. Here they go to the agent and, as with runc, to
+//!   the process's standard error.
 //! - Users of an exec: `libcontainer` leaves a container's user namespace out of those that an exec joins. Until here the
 //!   process has been in the guest's, as the user that the container's is there; it goes over, and becomes what it was to be.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
@@ -22,11 +25,13 @@ use libcontainer::workload::default::DefaultExecutor;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
+use nix::unistd::execvp;
 use oci_spec::runtime::{Capability as SpecCapability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
 use crate::errors::TaskError;
 use crate::sys;
 use crate::users::Users;
+use crate::verdict::{self, Teller};
 
 /// Most of a container's list of users that is looked at, in bytes.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -38,6 +43,8 @@ pub struct Payload {
     /// CAP_SYS_ADMIN was added to what the process asked for, to load the filter, and must go again.
     borrowed_admin: bool,
     entry: Option<Entry>,
+    /// Who is told why the program does not run.
+    teller: Option<Teller>,
 }
 
 /// How an exec gets among the sandbox's users.
@@ -94,6 +101,11 @@ impl Payload {
         Self::default()
     }
 
+    /// The same, which says where its program does not run.
+    pub fn telling(self, teller: Teller) -> Self {
+        Self { teller: Some(teller), ..self }
+    }
+
     /// For an exec in a container with `filter`, and where its users are not the guest's, how it gets there. Without no-new-privileges the kernel lets only CAP_SYS_ADMIN load
     /// a filter (seccomp(2)), and the executor runs after capabilities are dropped; so `process` is given that
     /// capability until then. The bounding set is left as it is. Whoever goes to another user namespace needs it, too,
@@ -109,7 +121,29 @@ impl Payload {
             sets.set_effective(Some(effective)).set_permitted(Some(permitted));
             process.set_capabilities(Some(sets));
         }
-        Self { exec_filter: filter, borrowed_admin, entry }
+        Self { exec_filter: filter, borrowed_admin, entry, teller: None }
+    }
+
+    /// Becomes the program; why it did not.
+    fn run(&self, spec: &Spec) -> String {
+        for signal in Signal::iterator() {
+            // Two of them cannot be handled and cannot be ignored either.
+            let _ = sys::default_signal(signal);
+        }
+        let ready = self.enter().and_then(|()| self.load_filter()).and_then(|()| self.return_admin());
+        if let Err(why) = ready {
+            return why;
+        }
+        let args = spec.process().as_ref().and_then(|process| process.args().as_ref());
+        let args = args.map(Vec::as_slice).unwrap_or_default();
+        let texts: Result<Vec<CString>, _> = args.iter().map(|arg| CString::new(arg.as_bytes())).collect();
+        match (args, texts.as_deref()) {
+            ([program, ..], Ok(texts @ [file, ..])) => {
+                let Err(errno) = execvp(file, texts);
+                verdict::refused(program, errno)
+            }
+            _ => "no program, or an argument with a NUL in it".to_owned(),
+        }
     }
 
     fn load_filter(&self) -> Result<(), String> {
@@ -144,14 +178,11 @@ impl Payload {
 
 impl Executor for Payload {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        for signal in Signal::iterator() {
-            // Two of them cannot be handled and cannot be ignored either.
-            let _ = sys::default_signal(signal);
+        let why = self.run(spec);
+        if let Some(teller) = &self.teller {
+            teller.tell(&why);
         }
-        self.enter().map_err(ExecutorError::Other)?;
-        self.load_filter().map_err(ExecutorError::Other)?;
-        self.return_admin().map_err(ExecutorError::Other)?;
-        DefaultExecutor {}.exec(spec)
+        Err(ExecutorError::Other(why))
     }
 
     fn setup_envs(&self, mut envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {

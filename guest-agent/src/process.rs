@@ -64,12 +64,12 @@ impl Process {
     }
 
     /// The process now exists; `after` is done at its exit, before that is announced.
-    pub fn launched(&self, pid: i32, exit: Watch, mut flow: Flow, after: impl FnOnce() + Send + 'static) {
+    pub fn launched(&self, pid: i32, exit: Watch, mut flow: Flow, after: impl FnOnce(Exit) + Send + 'static) {
         let drained = flow.drain();
         let (mut watch, finished) = (exit.clone(), self.finished.clone());
         tokio::spawn(async move {
             let exit = reaper::ended(&mut watch).await;
-            after();
+            after(exit);
             drained.await;
             finished.send_replace(Some(exit));
         });

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::task::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -25,6 +25,9 @@ use crate::errors::TaskError;
 use crate::pause::Pause;
 use crate::process::Phase;
 use crate::{cgroup, spec, stats};
+
+/// How long `Start` waits for the bytes of a program that come as they are read, to say that they do not.
+const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Every container of the sandbox.
 #[derive(Debug)]
@@ -113,11 +116,12 @@ impl Task for Tasks {
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
-    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+    async fn start(&self, call: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id)?;
+        let patience = START_PATIENCE.min(half_of_deadline(call));
         let pid = match request.exec_id.as_str() {
-            "" => container.start()?,
-            exec_id => container.start_exec(exec_id).await?,
+            "" => container.start(patience).await?,
+            exec_id => container.start_exec(exec_id, patience).await?,
         };
         Ok(StartResponse { pid, ..Default::default() })
     }
@@ -239,6 +243,14 @@ impl Task for Tasks {
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let text = format!("{}/Checkpoint is not implemented by the agent", agent_api::TASK_SERVICE);
         Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::UNIMPLEMENTED, text)))
+    }
+}
+
+/// A caller that does not say how long it waits waits for ever.
+fn half_of_deadline(call: &TtrpcContext) -> Duration {
+    match u64::try_from(call.timeout_nano) {
+        Ok(nanos @ 1..) => Duration::from_nanos(nanos / 2),
+        _ => Duration::MAX,
     }
 }
 

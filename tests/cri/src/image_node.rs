@@ -2,6 +2,7 @@
 //! can end and have again, and a wire between node and registry that can be bad.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -202,10 +203,11 @@ impl NoiseTree {
         Ok(tree)
     }
 
-    /// One more file.
+    /// One more file, which may be tried as a program.
     pub fn add(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.folder.path().join("data").join(name);
         fs::write(&path, bytes)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         let sum = run(Command::new("md5sum").arg(path))?.ok()?;
         self.sums.push(sum.split(' ').next().context("a sum")?.to_owned());
         Ok(())

@@ -19,11 +19,15 @@ use e2e::{SmallFs, node, run};
 const CHUNKS: usize = 4;
 /// What nobody asked for does not come, so that a file that was not read is not there.
 const CONFIG: &str = "[fetch]\nread_ahead_kib = 0\nprefetch = false\n";
-/// The same with little patience, in seconds.
+/// The patience that [`CONFIG`] is given where there should be little, in seconds.
 const PATIENCE: u64 = 4;
+/// More than a start has, in seconds.
+const MUCH_PATIENCE: u64 = 11;
+/// What the operator is told of a program that cannot be read.
+const UNREADABLE: &str = "EIO: I/O error: bytes of the container's image cannot be had; the log of the node's image service says why";
 
-fn impatient() -> String {
-    format!("{CONFIG}patience_s = {PATIENCE}\n")
+fn patient(seconds: u64) -> String {
+    format!("{CONFIG}patience_s = {seconds}\n")
 }
 
 /// Begins to read a file in a container, and waits until its bytes stand still on their way.
@@ -122,7 +126,7 @@ fn registry_service_and_snapshotter_are_killed() -> Result<()> {
     node.cri().remove(&second)?;
 
     // A registry that stays away is an error in time, and one that is back is not remembered for it.
-    node.serve(&impatient())?;
+    node.serve(&patient(PATIENCE))?;
     node.kill_registry();
     let (log, began) = (node.service_log(), Instant::now());
     is_an_error(&node, &id, 6).context("no registry")?;
@@ -137,8 +141,7 @@ fn registry_service_and_snapshotter_are_killed() -> Result<()> {
     let refused = idle(&pod, &cold_name).expect_err("nothing of the image is there");
     let refused = format!("{refused:#}");
     ensure!(refused.contains("reading etc/passwd: the image service cannot fetch"), "{refused}");
-    let ended = pod.finish(&app(&pod, &bare_name, &["sh", "-c", "echo runs"]))?;
-    ensure!(ended.code == 255 && ended.stdout.is_empty(), "{ended:?}");
+    programs_that_cannot_be_read(&mut node, &pod, &bare_name, &id)?;
     node.start_registry()?;
     image_node::read(node.cri(), &id, &tree, 6).context("the registry is back")?;
     let late = wait_for_container(&pod, &cold_name)?;
@@ -146,6 +149,34 @@ fn registry_service_and_snapshotter_are_killed() -> Result<()> {
 
     pod.end()?;
     node.end(&[&name, &bare_name, &cold_name])
+}
+
+/// What is said of a container of an image of which nothing is there, and of an exec of a file that is not, in `container`.
+fn programs_that_cannot_be_read(
+    node: &mut ImageNode,
+    pod: &cri::Pod,
+    image: &str,
+    container: &str,
+) -> Result<()> {
+    let bare = || app(pod, image, &["sh", "-c", "echo runs"]);
+    let in_words = |error: anyhow::Error, program: &str| {
+        let error = format!("{error:#}");
+        ensure!(error.contains("exec ") && error.contains(program) && error.contains(UNREADABLE), "{error}");
+        Ok(())
+    };
+    // Known in time, it is the start that fails.
+    node.serve(&patient(1))?;
+    in_words(pod.start(&bare()).expect_err("a program that is not there"), "sh")?;
+    let refused = node.cri().exec(container, &["/data/07"], 60).expect_err("bytes that are not there");
+    in_words(refused, "/data/07")?;
+    // Later, it is logged: by the container itself, and by containerd.
+    node.serve(&patient(MUCH_PATIENCE))?;
+    let before = node.daemon.containerd.log().len();
+    let ended = pod.finish(&bare())?;
+    let words = format!("exec \"sh\": {UNREADABLE}");
+    ensure!(ended.code == 255 && ended.stdout.is_empty() && ended.stderr.contains(&words), "{ended:?}");
+    let logged = || Ok(node.daemon.containerd.log()[before..].contains(UNREADABLE));
+    wait_until("a line of containerd's log", logged)
 }
 
 /// A container of an image, as soon as containerd gets through to those that were away.
