@@ -35,9 +35,6 @@ use crate::{devices, pod, spec, sys, sysctl};
 
 mod control;
 
-/// How long a process has to end after it has said that it has no program.
-const LAST_STEPS: Duration = Duration::from_secs(2);
-
 /// The word for a container whose processes stand still, where another state's is [`Phase::name`].
 const PAUSED: &str = "paused";
 
@@ -187,15 +184,16 @@ impl Container {
         };
         // Where it is among the sandbox's users, it may not raise them itself any more.
         let limits = process_limits(&config.spec).filter(|_| own_users).unwrap_or_default();
-        let (teller, verdict) = verdict::channel(container.of_image).map_err(TaskError::io("make a pipe"))?;
-        let keep = vec![teller.fd()];
+        let (teller, verdict) = verdict::channel().map_err(TaskError::io("make a pipe"))?;
+        let (keep, of_image) = (vec![teller.fd()], container.of_image);
         let made = container
             .launch(&container.init, wiring, (owner, keep), at_exit, move |builder| {
                 let syscall = create_syscall();
                 for limit in &limits {
                     syscall.set_rlimit(limit).map_err(|error| chain(&error))?;
                 }
-                let builder = builder.with_executor(Payload::init().telling(teller));
+                let payload = Payload::init(teller).of_image(of_image);
+                let builder = builder.with_executor(payload);
                 let made = builder.as_init(&bundle).with_systemd(false).with_detach(true).build();
                 let pid = made.map_err(|error| chain(&error))?.pid();
                 pid.map(nix_pid).ok_or_else(|| "container has no process".to_owned())
@@ -222,25 +220,20 @@ impl Container {
             .map_err(|error| LaunchError::Refused(chain(&error)))?;
         let verdict = self.verdict().take();
         if let Some(verdict) = verdict {
-            self.judge(&self.init, verdict, patience).await?;
+            self.judge(verdict, patience).await?;
         }
         self.init.mark_started();
         Ok(self.init.pid())
     }
 
-    /// Fails if the program of `process` does not run. Where its bytes may be long in coming that is waited for, `patience` at
-    /// most; what is known later is logged.
-    async fn judge(&self, process: &Process, verdict: Verdict, patience: Duration) -> Result<(), TaskError> {
+    /// Fails if the container's program does not run. Where its bytes may be long in coming that is waited for, `patience` at most;
+    /// what is known later is logged.
+    async fn judge(&self, verdict: Verdict, patience: Duration) -> Result<(), TaskError> {
         let mut judged = Box::pin(verdict.wait());
         if self.of_image
             && let Ok(judged) = timeout(patience, &mut judged).await
         {
-            let Some(why) = judged else { return Ok(()) };
-            // So that it can be deleted at once. It ends by itself, unless somebody in the container spoke in its place.
-            if timeout(LAST_STEPS, process.wait()).await.is_err() {
-                let _ = process.signal(libc::SIGKILL.cast_unsigned());
-            }
-            return Err(LaunchError::Refused(why).into());
+            return judged.map_or(Ok(()), |why| Err(LaunchError::Refused(why).into()));
         }
         let id = self.id.clone();
         tokio::spawn(async move {
@@ -291,10 +284,10 @@ impl Container {
         }
     }
 
-    /// Makes an announced exec; see [`Self::judge`] for `patience`.
-    pub async fn start_exec(&self, exec_id: &str, patience: Duration) -> Result<u32, TaskError> {
+    /// Makes an announced exec.
+    pub async fn start_exec(&self, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
-        let starting = self.starting.read().await;
+        let _starting = self.starting.read().await;
         if self.is_paused() {
             return Err(TaskError::State { what: "start an exec", state: PAUSED });
         }
@@ -309,15 +302,8 @@ impl Container {
                 return Err(error);
             }
         };
-        let (teller, verdict) = match verdict::channel(self.of_image) {
-            Ok(both) => both,
-            Err(error) => {
-                exec.process.failed();
-                return Err(TaskError::io("make a pipe")(error));
-            }
-        };
-        let keep = entry.as_ref().map(UsersEntry::fd).into_iter().chain([teller.fd()]).collect();
-        let payload = Payload::exec(self.filter.clone(), entry, &mut spec).telling(teller);
+        let keep = entry.as_ref().map(UsersEntry::fd).into_iter().collect();
+        let payload = Payload::exec(self.filter.clone(), entry, &mut spec).of_image(self.of_image);
         let owner = (spec.user().uid(), spec.user().gid());
         let at_exit = self.explain_end(Some(&spec));
         let written = spec::save(&spec, &file).map_err(TaskError::io("write the exec's process"));
@@ -335,10 +321,8 @@ impl Container {
         };
         // The library has read it, or nobody will.
         let _ = std::fs::remove_file(&file);
-        drop(starting);
         match made {
             Ok(()) => {
-                self.judge(&exec.process, verdict, patience).await?;
                 exec.process.mark_started();
                 Ok(exec.process.pid())
             }

@@ -97,10 +97,12 @@ pub async fn run(
     }
 }
 
-/// The library's error with the first thing that it complained of, which is the deepest.
+/// The library's error with the first thing that it complained of, which is the deepest. What our executor said is in both.
 fn explain(error: String, said: &[String]) -> String {
     match said.first() {
-        Some(first) if !error.contains(first) => format!("{error}: {first}"),
+        Some(first) if !error.contains(first) && !first.starts_with("failed to execute payload") => {
+            format!("{error}: {first}")
+        }
         _ => error,
     }
 }
@@ -147,12 +149,13 @@ pub fn tell(agent: &impl AsFd, kind: char, text: &str) {
     let _ = send(agent.as_fd().as_raw_fd(), &message.as_bytes()[..end], MsgFlags::MSG_NOSIGNAL);
 }
 
-/// An error with its causes, on one line. Causes that the text above them already tells are left out.
+/// An error with its causes, on one line. Causes that the text above them already tells are left out, as are the NULs that the library
+/// has behind what an exec's process said.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = error.to_string().replace('\0', "");
     let mut cause = error.source();
     while let Some(error) = cause {
-        let words = error.to_string();
+        let words = error.to_string().replace('\0', "");
         if !text.contains(&words) {
             write!(text, ": {words}").expect("writing to a String cannot fail");
         }
@@ -178,5 +181,14 @@ mod tests {
         struct Bundle(#[source] Open);
         let error = Bundle(Open { path: "/x", source: io::Error::other("disk on fire") });
         assert_eq!(chain(&error), "no bundle: cannot open /x: disk on fire");
+        assert_eq!(chain(&io::Error::other("exec x: EIO\0\0")), "exec x: EIO");
+    }
+
+    #[test]
+    fn an_error_says_on_what() {
+        let said = |text: &str| explain("failed to prepare rootfs".to_owned(), &[text.to_owned()]);
+        assert_eq!(said("no such file /x"), "failed to prepare rootfs: no such file /x");
+        assert_eq!(said("rootfs"), "failed to prepare rootfs");
+        assert_eq!(said("failed to execute payload err=Other(\"\")"), "failed to prepare rootfs");
     }
 }

@@ -5,8 +5,8 @@
 //!   `yes | head` would never end.
 //! - Seccomp of an exec: `libcontainer` 0.7 builds an exec's `linux` section anew (`adapt_spec_for_tenant`) with no
 //!   `seccomp` in it, so that exec'd processes run unfiltered. The container's filter is loaded here instead.
-//! - A program that cannot be run: the default executor's words reach nobody. Here they go to the agent and, as with runc, to
-//!   the process's standard error.
+//! - A program that cannot be run: the default executor's words do not name it, and those of a container's first process reach
+//!   nobody. Here they go to the agent and, as with runc, to the process's standard error.
 //! - Users of an exec: `libcontainer` leaves a container's user namespace out of those that an exec joins. Until here the
 //!   process has been in the guest's, as the user that the container's is there; it goes over, and becomes what it was to be.
 
@@ -43,7 +43,9 @@ pub struct Payload {
     /// CAP_SYS_ADMIN was added to what the process asked for, to load the filter, and must go again.
     borrowed_admin: bool,
     entry: Option<Entry>,
-    /// Who is told why the program does not run.
+    /// The program's bytes are those of an image that comes as it is read.
+    of_image: bool,
+    /// Who is told why the program does not run, where the library tells nobody.
     teller: Option<Teller>,
 }
 
@@ -97,13 +99,13 @@ fn home(passwd: impl std::io::Read, uid: u32) -> Option<String> {
 
 impl Payload {
     /// For a container's first process, whose filter `libcontainer` loads.
-    pub fn init() -> Self {
-        Self::default()
+    pub fn init(teller: Teller) -> Self {
+        Self { teller: Some(teller), ..Self::default() }
     }
 
-    /// The same, which says where its program does not run.
-    pub fn telling(self, teller: Teller) -> Self {
-        Self { teller: Some(teller), ..self }
+    /// The same for a program that is in an image which comes as it is read, or may be.
+    pub fn of_image(self, of_image: bool) -> Self {
+        Self { of_image, ..self }
     }
 
     /// For an exec in a container with `filter`, and where its users are not the guest's, how it gets there. Without no-new-privileges the kernel lets only CAP_SYS_ADMIN load
@@ -121,7 +123,7 @@ impl Payload {
             sets.set_effective(Some(effective)).set_permitted(Some(permitted));
             process.set_capabilities(Some(sets));
         }
-        Self { exec_filter: filter, borrowed_admin, entry, teller: None }
+        Self { exec_filter: filter, borrowed_admin, entry, ..Self::default() }
     }
 
     /// Becomes the program; why it did not.
@@ -140,7 +142,7 @@ impl Payload {
         match (args, texts.as_deref()) {
             ([program, ..], Ok(texts @ [file, ..])) => {
                 let Err(errno) = execvp(file, texts);
-                verdict::refused(program, errno)
+                verdict::refused(program, errno, self.of_image)
             }
             _ => "no program, or an argument with a NUL in it".to_owned(),
         }

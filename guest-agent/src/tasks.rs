@@ -118,10 +118,9 @@ impl Task for Tasks {
 
     async fn start(&self, call: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id)?;
-        let patience = START_PATIENCE.min(half_of_deadline(call));
         let pid = match request.exec_id.as_str() {
-            "" => container.start(patience).await?,
-            exec_id => container.start_exec(exec_id, patience).await?,
+            "" => container.start(START_PATIENCE.min(half_of_deadline(call))).await?,
+            exec_id => container.start_exec(exec_id).await?,
         };
         Ok(StartResponse { pid, ..Default::default() })
     }

@@ -1,11 +1,11 @@
-//! What came of a process's last step, the call of its program.
+//! What came of the last step of a container's first process, the call of its program.
 //!
 //! ```text
 //! process ── pipe, which execve(2) closes ──> agent      nothing: the program runs. A text: why it does not
 //!    └────── standard error, as runc has it
 //! ```
 //!
-//! By then the container library has no channel to anybody. What comes through the pipe is a guest's, as processes of the
+//! By then the container library has no channel to anybody; for an exec it has one. What comes through the pipe is a guest's, as processes of the
 //! container may get at the process before its program is in it: it is cut, and nobody waits for it without an end.
 
 use std::io::{self, Write as _};
@@ -29,38 +29,31 @@ const CAUSE: &str = "bytes of the container's image cannot be had; the log of th
 
 /// The process's end.
 #[derive(Debug, Clone)]
-pub struct Teller {
-    pipe: Arc<OwnedFd>,
-    of_image: bool,
-}
+pub struct Teller(Arc<OwnedFd>);
 
 /// The agent's.
 #[derive(Debug)]
 pub struct Verdict(Fd);
 
-/// Both; `of_image` where the program's bytes are those of an image that comes as it is read.
+/// Both.
 ///
 /// # Errors
 /// No descriptors.
-pub fn channel(of_image: bool) -> io::Result<(Teller, Verdict)> {
+pub fn channel() -> io::Result<(Teller, Verdict)> {
     let (verdict, teller) = pipe2(OFlag::O_CLOEXEC)?;
-    Ok((Teller { pipe: Arc::new(teller), of_image }, Verdict(Fd::new(verdict)?)))
+    Ok((Teller(Arc::new(teller)), Verdict(Fd::new(verdict)?)))
 }
 
 impl Teller {
     /// What has to stay open until then.
     pub fn fd(&self) -> RawFd {
-        self.pipe.as_raw_fd()
+        self.0.as_raw_fd()
     }
 
     /// Says why the program does not run.
     pub fn tell(&self, why: &str) {
-        let mut why = why.to_owned();
-        if self.of_image && why.ends_with(&Errno::EIO.to_string()) {
-            why = format!("{why}: {CAUSE}");
-        }
         // Whoever does not listen any more has no use for it.
-        let _ = write(self.pipe.as_fd(), &why.as_bytes()[..why.floor_char_boundary(MAX)]);
+        let _ = write(self.0.as_fd(), &why.as_bytes()[..why.floor_char_boundary(MAX)]);
         let _ = writeln!(io::stderr(), "{why}");
     }
 }
@@ -77,11 +70,12 @@ impl Verdict {
     }
 }
 
-/// What a process says of a program that execve(2) refused.
-pub fn refused(program: &str, errno: Errno) -> String {
+/// What a process says of a program that execve(2) refused; `of_image` where its bytes are those of an image that comes as it is read.
+pub fn refused(program: &str, errno: Errno, of_image: bool) -> String {
     let program = format!("{program:?}");
     // The rest is the part that matters.
-    format!("exec {}: {errno}", &program[..program.floor_char_boundary(MAX / 2)])
+    let said = format!("exec {}: {errno}", &program[..program.floor_char_boundary(MAX / 2)]);
+    if of_image && errno == Errno::EIO { format!("{said}: {CAUSE}") } else { said }
 }
 
 /// What to say of the end of a program of such an image, if it may be the image's fault.
@@ -98,10 +92,10 @@ fn printable(text: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    fn told(of_image: bool, tell: impl FnOnce(&Teller)) -> Option<String> {
+    fn told(tell: impl FnOnce(&Teller)) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let (teller, verdict) = channel(of_image).unwrap();
+            let (teller, verdict) = channel().unwrap();
             tell(&teller);
             drop(teller);
             verdict.wait().await
@@ -110,25 +104,22 @@ mod tests {
 
     #[test]
     fn an_io_error_of_an_image_has_a_likely_cause() {
-        let why = refused("sh", Errno::EIO);
-        assert_eq!(why, "exec \"sh\": EIO: I/O error");
-        assert_eq!(told(true, |teller| teller.tell(&why)).unwrap(), format!("{why}: {CAUSE}"));
-        assert_eq!(told(false, |teller| teller.tell(&why)).unwrap(), why);
-        let other = refused("sh", Errno::ENOENT);
-        assert_eq!(told(true, |teller| teller.tell(&other)).unwrap(), other);
+        assert_eq!(refused("sh", Errno::EIO, true), format!("exec \"sh\": EIO: I/O error: {CAUSE}"));
+        assert_eq!(refused("sh", Errno::EIO, false), "exec \"sh\": EIO: I/O error");
+        assert_eq!(refused("sh", Errno::ENOENT, true), "exec \"sh\": ENOENT: No such file or directory");
         // However long the program's name is.
-        let long = refused(&"\u{1b}".repeat(MAX), Errno::EIO);
-        assert!(told(true, |teller| teller.tell(&long)).unwrap().ends_with(CAUSE));
+        let long = refused(&"\u{1b}".repeat(MAX), Errno::EIO, true);
+        assert!(told(|teller| teller.tell(&long)).unwrap().ends_with(CAUSE));
         assert_eq!(of_end("sh", 135).unwrap(), format!("\"sh\" ended of SIGBUS: perhaps {CAUSE}"));
         assert_eq!(of_end("sh", 137), None);
     }
 
     #[test]
     fn a_program_that_runs_says_nothing_and_one_that_does_not_little() {
-        assert_eq!(told(true, |_| ()), None);
-        let odd = told(false, |teller| teller.tell("a\u{1b}[2J\nb")).unwrap();
+        assert_eq!(told(|_| ()), None);
+        let odd = told(|teller| teller.tell("a\u{1b}[2J\nb")).unwrap();
         assert_eq!(odd, "a\u{fffd}[2J\u{fffd}b");
         let long = "ä".repeat(MAX);
-        assert_eq!(told(false, |teller| teller.tell(&long)).unwrap().len(), MAX);
+        assert_eq!(told(|teller| teller.tell(&long)).unwrap().len(), MAX);
     }
 }

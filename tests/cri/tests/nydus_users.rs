@@ -186,8 +186,10 @@ fn story(handlers: &[&str]) -> Result<()> {
 #[test]
 fn owners_are_those_of_the_same_image_unpacked() -> Result<()> {
     let _alone = alone();
-    // The kubelet's, which stays.
-    fs::create_dir_all("/sys/fs/cgroup/kubepods")?;
+    // The kubelet's, and that of `ctr` in the namespace of CRI; they stay.
+    for group in ["kubepods", "k8s.io"] {
+        fs::create_dir_all(Path::new("/sys/fs/cgroup").join(group))?;
+    }
     let before = Census::take()?;
     story(&["ctvm", "ctvm-pod"])?;
     before.settle()
