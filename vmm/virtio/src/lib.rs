@@ -16,6 +16,7 @@ pub mod mem;
 pub mod memory;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rate;
 pub mod rng;

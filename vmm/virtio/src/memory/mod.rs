@@ -25,15 +25,29 @@
 //! then changes the mapping. Slices made before are gone by then; none can be made of the blocks any more.
 //!
 //! A block that comes is made accessible first and gets its bits then.
+//!
+//! # What nobody writes
+//!
+//! A region may be read-only (files of the host that the guest has mapped). Devices read it as any memory, since a driver
+//! may hand out a page of such a file as a buffer; a buffer to be written, or a used ring, is looked at by [`is_writable`]
+//! before the first slice of it is taken: in [`queue`](crate::queue), the only place that makes either.
 
 mod blocks;
 mod region;
 
 pub use blocks::{BLOCK, Blocks};
 pub use region::Region;
+use vm_memory::GuestMemory as _;
 
 /// Guest memory as every device sees it. Clones share the mappings.
 pub type GuestMemory = vm_memory::GuestRegionCollection<Region>;
+
+/// Whether devices may write all of the `len` bytes at `address`, as far as they are memory.
+#[inline]
+pub fn is_writable(memory: &GuestMemory, address: u64, len: u64) -> bool {
+    // Three or four of them.
+    !memory.iter().any(|region| region.forbids_writing(address, len))
+}
 
 /// Memory of its own for each `(first address, length)`, for tests.
 #[cfg(any(test, feature = "testing"))]

@@ -19,12 +19,14 @@ pub struct Region {
     mapping: GuestRegionMmap,
     /// `None`: all of it, always.
     blocks: Option<Arc<Blocks>>,
+    /// No device writes there.
+    read_only: bool,
 }
 
 impl Region {
     /// Memory that is there from the beginning to the end.
     pub fn ram(mapping: GuestRegionMmap) -> Self {
-        Region { mapping, blocks: None }
+        Region { mapping, blocks: None, read_only: false }
     }
 
     /// Memory of which `blocks` tells what is there. Whatever it says is there must be accessible; see the head of
@@ -34,7 +36,23 @@ impl Region {
     /// If the blocks are not those of the mapping.
     pub fn in_blocks(mapping: GuestRegionMmap, blocks: Arc<Blocks>) -> Self {
         assert_eq!(mapping.len(), blocks.bytes(), "a region has as many bytes as its blocks");
-        Region { mapping, blocks: Some(blocks) }
+        Region { mapping, blocks: Some(blocks), read_only: false }
+    }
+
+    /// As [`Region::in_blocks`], of memory that neither guest nor devices may write. A slice of it is one to read from: who
+    /// is going to write asks [`is_writable`](super::is_writable) first.
+    ///
+    /// # Panics
+    /// If the blocks are not those of the mapping.
+    pub fn read_only(mapping: GuestRegionMmap, blocks: Arc<Blocks>) -> Self {
+        Region { read_only: true, ..Region::in_blocks(mapping, blocks) }
+    }
+
+    /// Whether one of the `len` bytes at `address` is of this region, and may not be written.
+    #[inline]
+    pub(super) fn forbids_writing(&self, address: u64, len: u64) -> bool {
+        let start = self.start_addr().0;
+        self.read_only && len > 0 && address < start + self.len() && address.saturating_add(len) > start
     }
 
     #[inline]

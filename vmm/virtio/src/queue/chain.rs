@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
 
 use super::{QueueError, Reader, Writer};
 use crate::GuestMemory;
+use crate::memory::is_writable;
 
 /// Bytes of a descriptor (virtio 1.2, 2.7.5).
 const DESCRIPTOR: u32 = 16;
@@ -45,10 +46,13 @@ impl<'m> Chain<'m> {
             }
             writable = descriptor.is_write_only();
 
+            let (address, len) = (descriptor.addr().0, descriptor.len());
+            if writable && !is_writable(memory, address, len.into()) {
+                return Err(QueueError::ReadOnlyMemory { head, address, len });
+            }
             let part = if writable { &mut chain.writable } else { &mut chain.readable };
             // A buffer may span two regions of memory. The length fits, as `usize` has 64 bits.
             for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let (address, len) = (descriptor.addr().0, descriptor.len());
                 part.push(slice.map_err(|_| QueueError::OutsideMemory { head, address, len })?);
             }
         }

@@ -53,6 +53,16 @@ pub enum QueueError {
         /// Length in bytes.
         len: u32,
     },
+    /// A buffer for the device to write, in memory that nobody may write.
+    #[error("chain {head}: the {len} bytes at {address:#x} are to be written, and are read-only")]
+    ReadOnlyMemory {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Guest physical address of the buffer.
+        address: u64,
+        /// Length of the buffer in bytes.
+        len: u32,
+    },
     /// A loop, an index beyond the table, a broken indirect table, or more than 2^32 bytes in all.
     #[error("chain {head}: no valid descriptor follows the first {count}")]
     BreaksOff {

@@ -5,6 +5,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use crate::GuestMemory;
+use crate::memory::is_writable;
 
 /// A queue's set-up and position. Unchecked: it comes from the driver's register writes or from a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +64,12 @@ pub enum SetupError {
         /// Length in bytes.
         len: usize,
     },
+    /// The device could not write where it must.
+    #[error("used ring at {address:#x} is in read-only memory")]
+    ReadOnlyMemory {
+        /// Guest physical address.
+        address: u64,
+    },
 }
 
 impl QueueState {
@@ -94,6 +101,10 @@ impl QueueState {
             if address == 0 || !memory.check_range(GuestAddress(address), len) {
                 return Err(SetupError::OutsideMemory { part, address, len });
             }
+        }
+        // The one part that the device writes.
+        if !is_writable(memory, self.used_ring, 6 + 8 * u64::from(self.size)) {
+            return Err(SetupError::ReadOnlyMemory { address: self.used_ring });
         }
         Ok(())
     }
@@ -195,6 +206,21 @@ mod tests {
         }
         // An unused queue may hold anything.
         assert_eq!(QueueState { ready: false, desc_table: 5, ..good() }.check(&memory()), Ok(()));
+    }
+
+    #[test]
+    fn a_used_ring_is_where_the_device_may_write() {
+        use crate::memory::{BLOCK, Blocks, Region};
+        use std::sync::Arc;
+        let mapping = vm_memory::GuestRegionMmap::from_range(GuestAddress(BLOCK), 2 << 20, None).unwrap();
+        let blocks = Arc::new(Blocks::new(1));
+        blocks.set(0..1, true);
+        let memory = memory().insert_region(Arc::new(Region::read_only(mapping, blocks))).unwrap();
+        // What the device only reads may be there.
+        let read = QueueState { desc_table: BLOCK, avail_ring: BLOCK + 0x8000, ..good() };
+        assert_eq!(read.check(&memory), Ok(()));
+        let written = QueueState { used_ring: BLOCK + 0x1000, ..good() };
+        assert_eq!(written.check(&memory), Err(SetupError::ReadOnlyMemory { address: BLOCK + 0x1000 }));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use super::*;
 use crate::testing::contract::CASES;
-use crate::testing::{Buffer, FakeQueue, Guest, INDIRECT, MEMORY_END, SEAM};
+use crate::testing::{Buffer, FakeQueue, Guest, INDIRECT, MEMORY_END, NEXT, SEAM};
 
 const SIZE: u16 = 16;
 
@@ -143,6 +143,49 @@ fn a_buffer_across_two_regions_is_whole() {
     guest.queues[0].add_raw(&[crate::testing::Descriptor { address: SEAM - 2, len: 4, flags: 0, next: 0 }]);
     let (mut reader, _) = queue.pop(&guest.memory).unwrap().split();
     assert_eq!(reader.read_obj::<[u8; 4]>(), Ok([1, 2, 3, 4]));
+}
+
+/// A mapping that faults when it is written, right behind memory.
+fn with_read_only_memory(guest: &mut Guest) {
+    use crate::memory::{BLOCK, Blocks, Region};
+    use vm_memory::mmap::MmapRegionBuilder;
+    let mapping = MmapRegionBuilder::new(usize::try_from(BLOCK).unwrap())
+        .with_mmap_prot(libc::PROT_READ)
+        .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+    let mapping =
+        vm_memory::GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(MEMORY_END)).unwrap();
+    let blocks = std::sync::Arc::new(Blocks::new(1));
+    blocks.set(0..1, true);
+    let region = std::sync::Arc::new(Region::read_only(mapping, blocks));
+    guest.memory = guest.memory.insert_region(region).unwrap();
+}
+
+#[test]
+fn read_only_memory_is_read_and_never_written() {
+    let (mut guest, _) = guest(true);
+    with_read_only_memory(&mut guest);
+    let at = |address, len, flags| crate::testing::Descriptor { address, len, flags, next: 1 };
+    let write = crate::testing::WRITE;
+    let mut first = queue(&guest);
+    guest.queues[0].add_raw(&[at(MEMORY_END - 4, 4096, NEXT), at(MEMORY_END - 4096, 4096, write)]);
+    let (mut reader, mut writer) = first.pop(&guest.memory).unwrap().split();
+    let mut bytes = [0xa5; 4096];
+    assert_eq!((reader.read(&mut bytes), writer.write(&bytes)), (4096, 4096));
+    assert_eq!(bytes[4..], [0; 4092]);
+    guest.restart(&[SIZE]);
+    // All of it, its first byte, its last, and a buffer of no bytes at all, which is nobody's.
+    for (address, len, good) in [
+        (MEMORY_END, 1, false),
+        (MEMORY_END - 4, 5, false),
+        (MEMORY_END + 0x1f_ffff, 1, false),
+        (MEMORY_END + 8, 0, true),
+    ] {
+        let mut queue = queue(&guest);
+        guest.queues[0].add_raw(&[at(address, len, write)]);
+        assert_eq!(queue.pop(&guest.memory).is_some(), good, "{address:#x}, {len}");
+        assert_eq!(queue.is_live(), good, "{address:#x}, {len}");
+        guest.restart(&[SIZE]);
+    }
 }
 
 #[test]
