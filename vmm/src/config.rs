@@ -247,6 +247,8 @@ pub struct Image {
     pub blobs: Vec<BlobFile>,
     /// How long a read may wait.
     pub wait: Duration,
+    /// It is memory, and no disk.
+    pub dax: bool,
 }
 
 /// A network device, checked.
@@ -387,11 +389,11 @@ impl Disk {
 
 impl Image {
     fn take(config: ImageConfig, fds: &mut Fds) -> Result<Self, ConfigError> {
-        let ImageConfig { channel, blobs, wait_ms } = config;
+        let ImageConfig { channel, blobs, wait_ms, dax } = config;
         range("disk.image.wait_ms", wait_ms, 1, MAX_IMAGE_WAIT_MS)?;
         let blobs = take_blobs(blobs, fds)?;
         let channel = fds.take("disk.image.channel", channel)?;
-        Ok(Image { channel, blobs, wait: Duration::from_millis(wait_ms.into()) })
+        Ok(Image { channel, blobs, wait: Duration::from_millis(wait_ms.into()), dax })
     }
 }
 

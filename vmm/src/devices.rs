@@ -78,6 +78,7 @@ impl Devices {
             ends: Arc::clone(ends),
             status,
             images: None,
+            files: ram.files().cloned(),
         };
         Ok(Devices {
             slots: (0..layout::VIRTIO_SLOTS).map(|_| None).collect(),
@@ -105,9 +106,10 @@ impl Devices {
         }
     }
 
-    /// Adds a disk: the guest's next `vdX`.
+    /// Adds a disk: the guest's next `vdX`, or, an image that is memory, its next `pmemN`.
     pub fn add_disk(&mut self, events: &EventLoop, disk: config::Disk) -> Result<DeviceKey, DeviceError> {
-        let at = self.find_place("blk", Some(MAX_DISKS), Some(DeviceName::Disk(disk.id.clone())))?;
+        let kind = if disk.image.as_ref().is_some_and(|image| image.dax) { "pmem" } else { "blk" };
+        let at = self.find_place(kind, Some(MAX_DISKS), Some(DeviceName::Disk(disk.id.clone())))?;
         self.add(events, move |host| host.disk(at, disk))
     }
 
@@ -232,6 +234,7 @@ impl Devices {
         let (key, index) = (slot.at.key, slot.at.slot);
         if let Err(source) = watch(events, &slot) {
             let device = slot.at.name.clone();
+            self.withdraw(&slot);
             self.take_apart(slot);
             return Err(DeviceError::Host { device, source });
         }
@@ -250,6 +253,7 @@ impl Devices {
         self.note_bystanders();
         // One that is not waited for, as the VM is paused, is no error.
         let _ = unwatch(events, &slot);
+        self.withdraw(&slot);
         Some(self.take_apart(slot))
     }
 
@@ -314,6 +318,10 @@ impl Devices {
     pub fn bus(&self) -> Result<Bus, Overlap> {
         let mut bus = Bus::default();
         bus.insert(Window::BASE, Window::LEN, Arc::clone(&self.window) as _)?;
+        if let Some(files) = &self.host.files {
+            // Where the guest may not write, and where nothing is.
+            bus.insert(files.range().gpa, files.range().len, Arc::clone(files) as _)?;
+        }
         Ok(bus)
     }
 

@@ -5,6 +5,7 @@
 
 pub mod arch;
 pub mod bus;
+pub mod bus_error;
 pub mod clock;
 pub mod config;
 pub mod control;

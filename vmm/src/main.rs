@@ -26,6 +26,9 @@ fn main() {
     if let Err(e) = seccomp::report_breaches() {
         fail(exit::KVM_UNUSABLE, &format!("register a handler for SIGSYS: {e}"));
     }
+    if let Err(e) = vmm::bus_error::report() {
+        fail(exit::KVM_UNUSABLE, &format!("register a handler for SIGBUS: {e}"));
+    }
     let monitor = Monitor::new(socket, main_us);
     let outcome = monitor
         .unwrap_or_else(|e| fail(exit::NO_CONTROL_SOCKET, &format!("wait for descriptor 3: {e}")))

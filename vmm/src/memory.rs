@@ -1,8 +1,10 @@
-//! Guest memory: one mapping of the host, shown to the guest as one or two ranges, and one more for what comes and goes.
+//! Guest memory: one mapping of the host, shown to the guest as one or two ranges, one more for what comes and goes, and one for
+//! files of the host.
 //!
 //! ```text
-//! guest   0 ........ 3 GiB | hole for devices | 4 GiB ........     ... 2 GiB aligned
-//! host    [ low range      ][ high range                     ]     [ blocks (hotplug)  ]   two mappings, 2 MiB aligned
+//! guest   0 ........ 3 GiB | hole for devices | 4 GiB ........     ... 2 GiB aligned         ... 2 GiB aligned
+//! host    [ low range      ][ high range                     ]     [ blocks (hotplug)  ]     [ files, read-only ]
+//!         three mappings, 2 MiB aligned
 //! ```
 //!
 //! Guest and host addresses agree modulo 2 MiB in both ranges. Without that the host's huge pages cannot become the
@@ -11,6 +13,7 @@
 //! All `unsafe` on guest memory that `vm-memory` does not have is here. A mapping is never taken down: KVM, the
 //! devices and their threads refer to it until the process ends.
 
+mod files;
 mod hotplug;
 
 use std::fs;
@@ -19,6 +22,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+pub use files::{FilePart, FileWindow, ShowError, Shown};
 pub use hotplug::Hotplug;
 use virtio::GuestMemory;
 use virtio::balloon::BalloonBackend;
@@ -27,7 +31,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestRegionMmap, VolatileSlice};
 use vmm_api::GuestMemoryBacking;
 
-use crate::arch::x86_64::layout::HotplugRange;
+use crate::arch::x86_64::layout::{FilesRange, HotplugRange};
 
 /// Size of a huge page on x86-64, to which ranges are aligned.
 const HUGE_PAGE: usize = 2 << 20;
@@ -116,6 +120,7 @@ pub struct RamRange {
 pub struct GuestRam {
     ranges: Vec<RamRange>,
     hotplug: Option<Arc<Hotplug>>,
+    files: Option<Arc<FileWindow>>,
     memory: GuestMemory,
 }
 
@@ -171,7 +176,7 @@ impl GuestRam {
             at = at.wrapping_add(size);
         }
         let memory = GuestMemory::from_regions(regions).expect("ranges ascend and do not overlap");
-        GuestRam { ranges: placed, hotplug: None, memory }
+        GuestRam { ranges: placed, hotplug: None, files: None, memory }
     }
 
     /// Adds a region that comes and goes in blocks, above all ranges. None of it is there.
@@ -186,6 +191,25 @@ impl GuestRam {
             self.memory.insert_region(Arc::new(region)).expect("the layout puts it above all ranges");
         self.hotplug = Some(Arc::new(hotplug));
         Ok(self)
+    }
+
+    /// Adds addresses at which files of the host can be shown, above all else. None of them is memory yet.
+    pub fn with_files(mut self, range: FilesRange) -> Result<Self, MemoryError> {
+        let files = FileWindow::reserve(range)?;
+        let len = usize::try_from(range.len).expect("x86-64 addresses fit usize");
+        let at = std::ptr::with_exposed_provenance_mut(files.host());
+        // SAFETY: all of a reservation that is never unmapped. What of it may be read is what `Region` asks its blocks for.
+        let mapping = unsafe { region_at(at, len, range.gpa) };
+        let region = Region::read_only(mapping, Arc::clone(files.blocks()));
+        self.memory =
+            self.memory.insert_region(Arc::new(region)).expect("the layout puts it above everything");
+        self.files = Some(Arc::new(files));
+        Ok(self)
+    }
+
+    /// Where files of the host can be shown.
+    pub fn files(&self) -> Option<&Arc<FileWindow>> {
+        self.files.as_ref()
     }
 
     /// What comes and goes in blocks.

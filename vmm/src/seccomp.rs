@@ -213,6 +213,9 @@ mod tests {
         }
         const KVM_IOEVENTFD: u64 = 0x4040_ae79;
         const KVM_IRQFD: u64 = 0x4020_ae76;
+        const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+        assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, KVM_SET_USER_MEMORY_REGION]));
+        assert!(enforced(&PLUG_ENFORCE, libc::SYS_ioctl, &[9, KVM_SET_USER_MEMORY_REGION]));
         for call in [KVM_IOEVENTFD, KVM_IRQFD, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD] {
             assert!(enforced(&PLUG_ENFORCE, libc::SYS_ioctl, &[9, call]));
             assert!(!enforced(&VMM_ENFORCE, libc::SYS_ioctl, &[9, call]));

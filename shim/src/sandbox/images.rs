@@ -239,7 +239,7 @@ impl Opened {
     /// The disk for the VMM, and its descriptors, of which the first is number `first` of the packet.
     fn disk(&self, serial: &str, first: u8) -> (DiskConfig, Vec<BorrowedFd<'_>>) {
         let (blobs, fds) = self.parts(first + 1);
-        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS };
+        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS, dax: false };
         let disk = DiskConfig { image: Some(image), ..DiskConfig::read_only(FdIndex(first), serial) };
         (disk, std::iter::once(self.bootstrap.as_fd()).chain(fds).collect())
     }

@@ -15,7 +15,7 @@ use vmm_api::frame::{self, FrameError};
 use vmm_api::image::{
     BLOCK, Blob, Fetch, Fetched, OpenReply, OpenRequest, OpenedImage, ready_map_bytes, ready_map_offset,
 };
-use vmm_api::{BlobConfig, DiskConfig, FdIndex, ImageConfig, Op};
+use vmm_api::{BlobConfig, DiskConfig, FdIndex, ImageConfig, NewDevice, Op};
 
 use crate::command::LIMIT;
 use crate::vm::{Guest, scratch_file};
@@ -79,8 +79,34 @@ impl Image {
         let file = give(self.bootstrap.try_clone()?.into());
         let channel = give(channel);
         let blobs = self.blob_configs(give)?;
-        let image = Some(ImageConfig { channel, blobs, wait_ms });
+        let image = Some(ImageConfig { channel, blobs, wait_ms, dax: false });
         Ok((DiskConfig { image, ..DiskConfig::read_only(file, id) }, service))
+    }
+
+    /// An image, all of which is in its files, for a running VM: what to attach, and its descriptors.
+    pub fn shown(&self, id: &str) -> Result<(NewDevice, Vec<OwnedFd>)> {
+        let mut fds = Vec::new();
+        let mut give = |fd| {
+            fds.push(fd);
+            FdIndex(u8::try_from(fds.len() - 1).expect("few files"))
+        };
+        let (mut disk, _) = self.disk_config(id, 1000, &mut give)?;
+        disk.image.as_mut().context("an image")?.dax = true;
+        Ok((NewDevice::Disk(disk), fds))
+    }
+
+    /// Makes all of it ready.
+    pub fn fill_all(&self) -> Result<()> {
+        for (blob, (bytes, _)) in (0..).zip(&self.blobs) {
+            let blocks = u32::try_from((bytes.len() as u64).div_ceil(BLOCK))?;
+            self.fill(Fetch { tag: 0, blob, blocks, first: 0 })?;
+        }
+        Ok(())
+    }
+
+    /// A blob's cache file, to do harm to it.
+    pub fn cache_file(&self, blob: usize) -> &File {
+        &self.blobs[blob].1
     }
 
     fn blob_configs(&self, give: &mut dyn FnMut(OwnedFd) -> FdIndex) -> Result<Vec<BlobConfig>> {

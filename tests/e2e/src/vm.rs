@@ -53,6 +53,8 @@ pub struct GuestSpec {
     pub ports: Vec<u32>,
     /// A balloon, with free page reporting.
     pub balloon: bool,
+    /// Images can be attached.
+    pub images: bool,
     /// Shell commands; they run as root in the guest, with /proc, /sys, /dev and a tmpfs on /tmp.
     pub script: String,
     /// Programs of this machine to find in the guest's `/bin`.
@@ -74,6 +76,7 @@ impl Default for GuestSpec {
             cmdline: "",
             ports: vec![1024],
             balloon: false,
+            images: false,
             script: String::new(),
             programs: Vec::new(),
         }
@@ -178,6 +181,7 @@ impl GuestSpec {
             vsock: Some(VsockConfig { cid: 3, ports: self.ports }),
             rng: true,
             balloon: self.balloon,
+            images: self.images,
             fs: self.share.is_some().then(|| FsConfig { tag: "ctvm".into(), threads: 1 }),
             console: Some(ConsoleConfig { output, input: typed }),
             ..VmConfig::new(0, kernel)

@@ -7,7 +7,8 @@
 //! `exerciser network TCP UDP` sends to a server that echoes. `exerciser spin`, `exerciser vsock COUNT` and `exerciser tcp COUNT` do to the guest what `tests/cri/tests/hostile.rs` is
 //! about, `exerciser spin THREADS` what `tests/e2e/tests/vm_resize.rs` resizes under; `exerciser upcall FAULT` poses as the guest's upcall driver in `tests/e2e/tests/vm_faults.rs`; `exerciser hotplug`
 //! is PID 1 of the peer's guest in `benches/src/q35.rs`; `exerciser read sequential FILE` and `exerciser read random FILE COUNT` time
-//! reads for `benches/src/nydus/read.rs`.
+//! reads for `benches/src/nydus/read.rs`; `exerciser direct FILE DISK` writes a file to a disk without a copy, and reads it back, for
+//! `tests/e2e/tests/vm_pmem.rs`.
 
 mod content;
 mod hostile;
@@ -42,6 +43,7 @@ fn main() -> Result<()> {
         ["hotplug"] => hotplug::witness(),
         ["read", "sequential", path] => read::sequential(path),
         ["read", "random", path, count] => read::random(path, count.parse()?),
+        ["direct", file, disk] => map::direct(file.as_ref(), disk.as_ref()),
         ["list", folder] => list::list(folder.as_ref()),
         ["reads", file, count] => list::reads(file.as_ref(), count.parse()?),
         ["network", tcp, udp] => network(tcp, udp),

@@ -1,7 +1,7 @@
 //! Files in memory.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -63,6 +63,20 @@ pub fn with_bytes<T>(file: &File, size: usize, look: impl FnOnce(&[u8]) -> T) ->
     // SAFETY: the range is the mapping, and `look` has given its reference back.
     unsafe { rustix::mm::munmap(address, size) }?;
     Ok(seen)
+}
+
+/// Writes a file's first [`SIZE`] bytes from its own pages to a disk, past the page cache, and compares what the disk has then.
+pub fn direct(file: &Path, disk: &Path) -> Result<()> {
+    let source = File::open(file)?;
+    let mut to = File::options();
+    let to = to.read(true).write(true).custom_flags(libc::O_DIRECT).open(disk)?;
+    with_bytes(&source, SIZE, |bytes| to.write_all_at(bytes, 0))??;
+    drop(to);
+    let (mut wanted, mut got) = (vec![0; SIZE], vec![0; SIZE]);
+    source.read_exact_at(&mut wanted, 0)?;
+    File::open(disk)?.read_exact_at(&mut got, 0)?;
+    ensure!(wanted == got, "the disk has other bytes");
+    Ok(())
 }
 
 impl Drop for Map {

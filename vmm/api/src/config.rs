@@ -195,6 +195,10 @@ pub struct ImageConfig {
     /// [`MAX_IMAGE_WAIT_MS`]. It fails then.
     #[serde(default = "image_wait")]
     pub wait_ms: u32,
+    /// All of it is in the cache files ([`crate::image::OpenedImage::ready`]), and the guest shall have them as memory, not as a disk: a
+    /// virtio-pmem device of the same parts at the same places. It is read-only, and nothing is ever fetched.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dax: bool,
 }
 
 /// One blob of an image.

@@ -15,6 +15,10 @@ pub const REFUSED: u8 = 24;
 /// A thread made a system call that is not on its list.
 pub const SECCOMP: u8 = 31;
 
+/// The host could not give a page of guest memory that a thread of the VMM touched (SIGBUS): a file that is shown to the guest was cut
+/// short or cannot be read, or memory is broken.
+pub const NO_PAGE: u8 = 32;
+
 /// What a status of this list means; `None` for any other.
 pub fn describe(status: u8) -> Option<&'static str> {
     Some(match status {
@@ -25,6 +29,9 @@ pub fn describe(status: u8) -> Option<&'static str> {
         KVM_UNUSABLE => "the host's KVM cannot be used",
         REFUSED => "the configuration was refused",
         SECCOMP => "a system call outside the filter",
+        NO_PAGE => {
+            "a page of the guest's memory cannot be had: a file of an image was cut short or cannot be read"
+        }
         _ => return None,
     })
 }

@@ -25,12 +25,23 @@ pub enum NewDevice {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceName {
-    /// A disk by its serial number ([`DiskConfig::id`]); Linux has it in `/sys/block/vdX/serial`.
+    /// A disk by its serial number ([`DiskConfig::id`]); Linux has it in `/sys/block/vdX/serial`. An image that is memory has none
+    /// there, and is looked for by [`Attached::memory`].
     Disk(String),
     /// A network device by its hardware address; Linux has it in `/sys/class/net/ethX/address`.
     Net([u8; 6]),
     /// A share by its tag, which is what `mount -t virtiofs` takes.
     Fs(String),
+}
+
+/// Guest physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryRange {
+    /// The first.
+    pub start: u64,
+    /// How many bytes.
+    pub bytes: u64,
 }
 
 /// A device has been added.
@@ -45,6 +56,10 @@ pub struct Attached {
     pub registers: u64,
     /// Its interrupt: a pin of the IOAPIC.
     pub irq: u32,
+    /// Where an image is that is memory ([`crate::ImageConfig::dax`]): Linux has the address in
+    /// `/sys/block/pmemN/device/../resource`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryRange>,
     /// How long it took from the request on, in microseconds; 0 on a VM that does not run yet.
     pub took_us: u64,
 }
@@ -83,6 +98,7 @@ mod tests {
             slot: 9,
             registers: 0xd000_9000,
             irq: 14,
+            memory: Some(MemoryRange { start: 1 << 32, bytes: 2 << 20 }),
             took_us: 1,
         };
         let reply = Reply::Attached(attached);

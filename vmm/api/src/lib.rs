@@ -37,7 +37,7 @@ pub use config::{
 pub use error::{ApiError, ErrorCode};
 pub use event::{Event, ExitReason};
 pub use frame::{FdIndex, Packet};
-pub use hotplug::{Attached, DeviceName, NewDevice};
+pub use hotplug::{Attached, DeviceName, MemoryRange, NewDevice};
 pub use op::{FsCache, Message, Op, Outcome, Reply, Request};
 pub use resize::{Ending, Reached, Resized, Vcpus};
 pub use stats::{Size, Stats, Timeline};

@@ -28,7 +28,10 @@ fn disk(file: u8) -> DiskConfig {
 /// An image of that many blobs.
 fn image(blobs: u8) -> DiskConfig {
     let blobs = (0..blobs).map(|n| BlobConfig { file: FdIndex(n + 3), bytes: 4096 }).collect();
-    DiskConfig { image: Some(ImageConfig { channel: FdIndex(2), blobs, wait_ms: 1000 }), ..disk(0) }
+    DiskConfig {
+        image: Some(ImageConfig { channel: FdIndex(2), blobs, wait_ms: 1000, dax: false }),
+        ..disk(0)
+    }
 }
 
 fn net(tap: u8) -> NetConfig {

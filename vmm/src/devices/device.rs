@@ -12,6 +12,7 @@ use virtio::fs::Fs;
 use virtio::mem::Mem;
 use virtio::mmio::MmioTransport;
 use virtio::net::Net;
+use virtio::pmem::Pmem;
 use virtio::rng::Rng;
 use virtio::vsock::Vsock;
 
@@ -33,12 +34,13 @@ pub(super) enum Device {
     Rng(Shared<Rng>),
     Balloon(Shared<Balloon>),
     Mem(Shared<Mem>),
+    Pmem(Shared<Pmem>),
 }
 
 /// Does the same with whatever device it is.
 macro_rules! with {
     ($device:expr, |$transport:ident| $body:expr) => {
-        with!($device, $transport, $body, Blk Image Net Vsock Fs Console Rng Balloon Mem)
+        with!($device, $transport, $body, Blk Image Net Vsock Fs Console Rng Balloon Mem Pmem)
     };
     ($device:expr, $transport:ident, $body:expr, $($kind:ident)+) => {
         match $device {

@@ -22,6 +22,7 @@ use crate::arch::x86_64::layout;
 use crate::bus::BusDevice;
 use crate::config;
 use crate::kvm::{KickAddress, KvmError, KvmVm};
+use crate::memory::{FileWindow, Shown};
 use crate::seccomp::Role;
 use crate::upcall::DevicePlace;
 use crate::vcpu::Ends;
@@ -40,6 +41,8 @@ pub struct Host {
     pub status: Arc<EventFd>,
     /// What serves disks that are images, if there may be any.
     pub images: Option<Arc<ImageThread>>,
+    /// Where images are shown that are memory.
+    pub files: Option<Arc<FileWindow>>,
 }
 
 /// Where a device goes.
@@ -65,6 +68,8 @@ pub(super) struct Slot {
     line: Arc<EventFd>,
     /// What a share serves.
     pub files: Option<Arc<FileServer>>,
+    /// What an image shows that is memory.
+    pub shown: Option<Shown>,
 }
 
 impl Host {
@@ -72,7 +77,11 @@ impl Host {
     pub(super) fn disk(&self, at: At, disk: config::Disk) -> Result<Slot, DeviceError> {
         let config::Disk { file, read_only, id, queues, image } = disk;
         if let Some(image) = image {
-            return self.image(at, file, image, &id);
+            return if image.dax {
+                self.image_memory(at, file, image)
+            } else {
+                self.image(at, file, image, &id)
+            };
         }
         let disk = blk::Disk::new(file, read_only, &id).map_err(DeviceError::refused(&at.name))?;
         self.connect(at, Blk::new(disk, queues.into()), Device::Blk)
@@ -120,7 +129,7 @@ impl Host {
             status: Arc::clone(&self.status),
             late: at.late,
         });
-        Ok(Slot { at, device: kind(shared), registers, place, line, files: None })
+        Ok(Slot { at, device: kind(shared), registers, place, line, files: None, shown: None })
     }
 
     fn wire(&self, place: DevicePlace, line: &EventFd, kicks: &[EventFd]) -> Result<(), KvmError> {
@@ -157,6 +166,13 @@ impl Host {
             && let Err(error) = lock(shared).device().flush()
         {
             gone.lost = Some(error.to_string());
+        }
+        if let Some(shown) = &slot.shown
+            && let Err(error) = self.kvm.hide_files(slot.at.slot, shown)
+        {
+            // The guest may have it still, so nothing else may be put there.
+            log::error!("take {} away: {error}", slot.at.name);
+            shown.stay();
         }
         // The last there is of it.
         drop(slot);

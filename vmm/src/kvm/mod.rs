@@ -22,7 +22,7 @@ pub use irq::KickAddress;
 pub use shell::{Coming, Shell};
 pub use vcpu::{Entered, Kicker, KvmVcpu, register_kick_signal};
 
-use crate::memory::{GuestRam, RamRange};
+use crate::memory::{GuestRam, RamRange, Shown};
 
 /// A call to KVM failed.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,9 @@ impl<T> Named<T> for Result<T, kvm_ioctls::Error> {
 
 /// Version of the KVM interface since Linux 2.6.22 (api.rst, 4.1 `KVM_GET_API_VERSION`).
 const API_VERSION: i32 = 12;
+
+/// Memory slots of files begin here; those of memory are fewer.
+const FILE_SLOTS: u32 = 16;
 
 /// The host's KVM.
 #[derive(Debug)]
@@ -132,23 +135,38 @@ impl KvmVm {
             host: hotplug.host(),
         });
         for (slot, range) in (0u32..).zip(ram.ranges().iter().chain(&hotplug)) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: range.gpa,
-                memory_size: range.len,
-                userspace_addr: range.host as u64,
-            };
-            debug_assert_eq!(region.flags & KVM_MEM_READONLY, 0);
-            // SAFETY: `range` lies in a mapping that `GuestRam` made and that lives as long as the process, so the
-            // guest can reach nothing else through the slot; the ranges of one `GuestRam` do not overlap.
-            unsafe { self.fd.set_user_memory_region(region) }.named(format!(
-                "KVM_SET_USER_MEMORY_REGION of {} MiB at {:#x}",
-                range.len >> 20,
-                range.gpa
-            ))?;
+            self.set_slot(slot, *range, 0)?;
         }
         Ok(())
+    }
+
+    /// Shows the guest files that it may read and not write (api.rst, 4.35: `KVM_MEM_READONLY`), while it runs or not. They stay mapped
+    /// until [`KvmVm::hide_files`]. `device` is the slot of theirs among devices.
+    pub fn show_files(&self, device: u16, shown: &Shown) -> Result<(), KvmError> {
+        self.set_slot(FILE_SLOTS + u32::from(device), shown.place(), KVM_MEM_READONLY)
+    }
+
+    /// The contrary. The guest finds nothing there any more.
+    pub fn hide_files(&self, device: u16, shown: &Shown) -> Result<(), KvmError> {
+        // No length: no slot.
+        self.set_slot(FILE_SLOTS + u32::from(device), RamRange { len: 0, ..shown.place() }, KVM_MEM_READONLY)
+    }
+
+    fn set_slot(&self, slot: u32, range: RamRange, flags: u32) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: range.gpa,
+            memory_size: range.len,
+            userspace_addr: range.host as u64,
+        };
+        // SAFETY: `range` lies in a mapping that `GuestRam` made, which stays reserved until the process ends, so the
+        // guest can reach nothing else through the slot; the ranges of one `GuestRam` do not overlap.
+        unsafe { self.fd.set_user_memory_region(region) }.named(format!(
+            "KVM_SET_USER_MEMORY_REGION of {} MiB at {:#x}",
+            range.len >> 20,
+            range.gpa
+        ))
     }
 
     /// Room KVM needs on Intel hosts for a task state segment, three pages below 4 GiB that the guest does not use

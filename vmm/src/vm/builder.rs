@@ -87,6 +87,13 @@ pub fn build(
     vm.set_tss_address(layout::TSS)?;
     vm.create_irqchip()?;
     let (vm, answers) = (Arc::new(vm), Arc::new(Answers::new(&cpuid, config.max_vcpus)));
+    if config.images {
+        let hotplug = ram.hotplug().map(|hotplug| hotplug.range());
+        // Without, an image can be a disk all the same.
+        if let Some(range) = layout::files_range(config.memory_bytes, hotplug, answers.address_bits()) {
+            ram = ram.with_files(range)?;
+        }
+    }
     let vcpus = create_vcpus(&vm, &answers, config.vcpus)?;
     enter_kernel(&vcpus[0], &kernel)?;
     made();

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use vmm_api::config::DEVICE_SLOTS;
-use vmm_api::{ApiError, Attached, DeviceName, ErrorCode};
+use vmm_api::{ApiError, Attached, DeviceName, ErrorCode, MemoryRange};
 
 use super::Vm;
 use super::builder::VmError;
@@ -21,6 +21,7 @@ pub(super) struct Pending {
     name: DeviceName,
     slot: u16,
     place: DevicePlace,
+    memory: Option<MemoryRange>,
 }
 
 /// A device did not come, or did not go.
@@ -96,7 +97,8 @@ impl Vm {
         let name = device.name();
         let key = self.devices.add_new(events, device)?;
         let (slot, place) = self.devices.place(key).expect("just added");
-        Ok(attached(&Pending { name, slot, place }, Duration::ZERO))
+        let memory = self.devices.image_memory(key);
+        Ok(attached(&Pending { name, slot, place, memory }, Duration::ZERO))
     }
 
     /// Begins to add a device to a guest that runs, or has it wait. It is on the bus from here on.
@@ -142,7 +144,8 @@ impl Vm {
         let name = self.devices.name(device).expect("only what has a name is asked for").clone();
         let asked = PlugAsked { id, device, plug, at: Instant::now(), timeout };
         self.with_changes(events, |changes, parts| changes.plug(asked, parts))?;
-        self.pending.insert(id, Pending { name, slot, place });
+        let memory = self.devices.image_memory(device);
+        self.pending.insert(id, Pending { name, slot, place, memory });
         Ok(())
     }
 
@@ -204,6 +207,7 @@ fn attached(pending: &Pending, took: Duration) -> Attached {
         slot: u8::try_from(pending.slot).expect("there are 19"),
         registers: pending.place.base,
         irq: pending.place.irq,
+        memory: pending.memory,
         took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{Errno, pread};
@@ -158,6 +158,12 @@ impl Files {
     /// Size of the disk in [`SECTOR`]s.
     pub fn sectors(&self) -> u64 {
         self.parts.last().map_or(0, |last| last.end()) / SECTOR
+    }
+
+    /// Each file, and where its beginning lies on the disk: the bootstrap, then the blobs.
+    pub fn parts(&self) -> impl Iterator<Item = (BorrowedFd<'_>, DiskPart)> {
+        let files = std::iter::once(&self.bootstrap).chain(self.blobs.iter().map(|blob| &blob.file));
+        files.map(AsFd::as_fd).zip(self.parts.iter().copied())
     }
 
     /// Sizes of the blobs.

@@ -76,6 +76,12 @@ impl Answers {
         self.entries.iter().find(|e| e.function == FEATURES).map_or((0, 0), |e| (e.eax, e.edx))
     }
 
+    /// Bits of a physical address (leaf 0x8000_0008, EAX 7:0); 36 where it is not said, as every processor with long mode has.
+    pub fn address_bits(&self) -> u32 {
+        let sizes = self.entries.iter().find(|e| e.function == AMD_SIZES);
+        sizes.map(|e| e.eax & 0xff).filter(|bits| *bits > 0).unwrap_or(36)
+    }
+
     /// The answers on vCPU `index`, whose APIC id is the same number.
     pub fn of_vcpu(&self, index: u8) -> CpuId {
         let id = u32::from(index);

@@ -16,6 +16,7 @@
 //! 0xfffb_d000  task state segment KVM wants on Intel, 3 pages
 //! 1_0000_0000  memory above 4 GiB
 //!      …       what comes and goes in blocks (virtio-mem), at the next multiple of 2 GiB: in no memory map
+//!      …       files of the host (virtio-pmem), at the next multiple of 2 GiB, 16 GiB at most: in no memory map
 //! ```
 
 /// Descriptor table for the 64-bit entry.
@@ -107,6 +108,29 @@ pub fn hotplug_range(boot: u64, most: u64) -> HotplugRange {
     HotplugRange { gpa, len: most.next_multiple_of(step), most, step }
 }
 
+/// Most bytes of files that are shown to a guest. A kernel's own account of them is a 64th, so nobody wants more.
+const MAX_FILES: u64 = 16 << 30;
+
+/// Where files of the host can be shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FilesRange {
+    /// First guest physical address, a multiple of 2 GiB.
+    pub gpa: u64,
+    /// Length in bytes, a multiple of 2 MiB.
+    pub len: u64,
+}
+
+/// Room for files beside `boot` bytes of memory and what can come to it, above all of it, on a processor with so many bits of physical
+/// address. `None` if it has no more addresses.
+pub fn files_range(boot: u64, hotplug: Option<HotplugRange>, address_bits: u32) -> Option<FilesRange> {
+    let end = ram_ranges(boot).last().map_or(0, |(gpa, len)| gpa + len);
+    let end = hotplug.map_or(end, |range| range.gpa + range.len);
+    let gpa = end.max(HOLE_END).next_multiple_of(MAX_MEMORY_BLOCK);
+    let limit = 1_u64.checked_shl(address_bits)?;
+    let len = limit.checked_sub(gpa).filter(|left| *left > 0)?.min(MAX_FILES);
+    Some(FilesRange { gpa, len })
+}
+
 /// What the memory map tells a kernel it may use: `(first address, length)`, ascending.
 pub fn usable_ranges(ram: &[crate::memory::RamRange]) -> Vec<(u64, u64)> {
     let low = ram[0].len;
@@ -170,6 +194,20 @@ mod tests {
         assert_eq!(hotplug_range(4 * GIB, GIB), range(6 * GIB, GIB, GIB, 128 << 20));
         assert_eq!(hotplug_range(63 * GIB - 1, GIB).step, 128 << 20);
         assert_eq!(hotplug_range(63 * GIB, GIB), range(64 * GIB, 2 * GIB, GIB, 2 * GIB));
+    }
+
+    #[test]
+    fn files_lie_above_all_memory_as_far_as_there_are_addresses() {
+        const GIB: u64 = 1 << 30;
+        let range = |gpa, len| Some(FilesRange { gpa: gpa * GIB, len: len * GIB });
+        assert_eq!(files_range(256 << 20, None, 40), range(4, 16));
+        assert_eq!(files_range(256 << 20, Some(hotplug_range(256 << 20, 3 * GIB)), 40), range(8, 16));
+        assert_eq!(files_range(5 * GIB, None, 36), range(6, 16));
+        // A processor of 36 bits has 64 GiB.
+        assert_eq!(files_range(55 * GIB, None, 36), range(56, 8));
+        assert_eq!(files_range(63 * GIB, None, 36), None);
+        assert_eq!(files_range(64 * GIB, None, 36), None);
+        assert_eq!(files_range(GIB, None, 64), None);
     }
 
     #[test]
