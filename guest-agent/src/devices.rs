@@ -194,6 +194,29 @@ pub fn disk_with_serial(sys: &Path, serial: &str) -> io::Result<Option<OsString>
     Ok(None)
 }
 
+/// The kernel's name of the block device that is the memory at `start`, in the sysfs at `sys`. Waits for the kernel to have made it:
+/// it does that on its own time, after the device's driver has answered.
+///
+/// # Errors
+/// The list of block devices cannot be read.
+pub fn memory_at(sys: &Path, start: u64) -> io::Result<Option<OsString>> {
+    // A kernel without such memory has no such class. Reading the file takes until all of a bus is there.
+    for bus in std::fs::read_dir(sys.join("class/nd")).into_iter().flatten() {
+        let _ = std::fs::read_to_string(bus?.path().join("device/wait_probe")); // one that goes just now is not ours
+    }
+    for entry in std::fs::read_dir(sys.join("block"))? {
+        let entry = entry?;
+        // `device` is a link to a namespace; the region that it is of has the address.
+        let found = std::fs::read_to_string(entry.path().join("device/../resource"));
+        let found =
+            found.ok().and_then(|text| u64::from_str_radix(text.trim_end().strip_prefix("0x")?, 16).ok());
+        if found == Some(start) {
+            return Ok(Some(entry.file_name()));
+        }
+    }
+    Ok(None)
+}
+
 fn must_exist(sys: &Path, folder: &'static str, device: &LinuxDevice) -> Result<(), DeviceError> {
     let (major, minor) = (device.major(), device.minor());
     if sys.join("dev").join(folder).join(format!("{major}:{minor}")).exists() {
@@ -241,6 +264,25 @@ mod tests {
         let error = disk(1).unwrap_err().to_string();
         assert_eq!(error, "device /dev/xvda: this VM has no disk with serial number \"ctvm-disk-1\"");
         assert!(matches!(disk(-5), Err(DeviceError::NoDisk { .. })));
+    }
+
+    #[test]
+    fn memory_is_found_by_its_address() {
+        let sys = sys();
+        for (name, address) in [("pmem0", "0x180000000\n"), ("pmem1", "0x188000000\n"), ("pmem2", "nonsense")]
+        {
+            let region = sys.path().join("devices").join(format!("region-{name}"));
+            std::fs::create_dir_all(region.join("namespace")).unwrap();
+            std::fs::write(region.join("resource"), address).unwrap();
+            let block = sys.path().join("block").join(name);
+            std::fs::create_dir_all(&block).unwrap();
+            std::os::unix::fs::symlink(region.join("namespace"), block.join("device")).unwrap();
+        }
+        let found = |start| memory_at(sys.path(), start).unwrap();
+        assert_eq!(found(0x1_8800_0000).unwrap(), "pmem1");
+        assert_eq!(found(0x1_8000_0000).unwrap(), "pmem0");
+        assert_eq!(found(0x2_0000_0000), None);
+        assert!(memory_at(Path::new("/nowhere"), 0).is_err());
     }
 
     #[test]

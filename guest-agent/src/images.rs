@@ -1,20 +1,23 @@
-//! Images: disks of the VM that hold an EROFS and, behind it, the blobs that it takes its data from.
+//! Images: disks of the VM, or its memory, that hold an EROFS and, behind it, the blobs that it takes its data from.
 //!
 //! The kernel wants each blob as a device of its own (it learned of EROFS images in one device in 6.4), so each part of the
 //! disk becomes a partition. That needs no table on the disk: the kernel is told where they are (`BLKPG`).
+//!
+//! Memory is a block device, too (`/dev/pmemN`), and is mounted with DAX: its files are read and mapped where they are, and nothing of them
+//! is in the page cache.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use agent_api::image::{MAX_PARTS, OWN_USERS, parse_part};
+use agent_api::image::{MAX_PARTS, OWN_USERS, parse_memory, parse_part};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::users::{Users, UsersError};
-use crate::{devices, sys};
+use crate::{devices, mounts, sys};
 
 /// An image cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +27,12 @@ pub enum ImageError {
     NoDisk {
         /// What was looked for.
         serial: String,
+    },
+    /// The memory is not there.
+    #[error("this VM has no memory of an image at {start:#x}")]
+    NoMemory {
+        /// Where it should begin.
+        start: u64,
     },
     /// An option that is no part.
     #[error("{option:?} is not a part of a disk")]
@@ -52,6 +61,9 @@ pub enum ImageError {
         cause: io::Error,
     },
 }
+
+/// Files are the device's memory (fs/erofs, `dax=always`).
+const DAX: &str = "dax=always";
 
 /// The partitions of a disk. They go when this does.
 #[derive(Debug)]
@@ -83,8 +95,8 @@ impl Drop for Partitions {
     }
 }
 
-/// Mounts the image on the disk with that serial number at `target`, read-only, and with the option for it as `users` see
-/// it.
+/// Mounts the image on the disk with that serial number, or in the memory that the first option names, at `target`, read-only, and
+/// with the option for it as `users` see it.
 ///
 /// # Errors
 /// [`ImageError`]; nothing is left then.
@@ -96,7 +108,8 @@ pub fn make(
 ) -> Result<Partitions, ImageError> {
     let own_users = options.iter().any(|option| option == OWN_USERS);
     let users = own_users.then(|| users.open()).transpose()?;
-    let parts: Vec<(u64, u64)> = options
+    let memory = options.first().and_then(|first| parse_memory(first));
+    let parts: Vec<(u64, u64)> = options[usize::from(memory.is_some())..]
         .iter()
         .filter(|option| *option != OWN_USERS)
         .map(|option| parse_part(option).ok_or_else(|| ImageError::Part { option: option.clone() }))
@@ -104,9 +117,14 @@ pub fn make(
     if !(1..=MAX_PARTS).contains(&parts.len()) {
         return Err(ImageError::Parts { count: parts.len() });
     }
-    let name = devices::disk_with_serial(Path::new("/sys"), serial);
-    let name = name.map_err(os("looking for disks in", Path::new("/sys/block")))?;
-    let name = name.ok_or_else(|| ImageError::NoDisk { serial: serial.to_owned() })?;
+    let sys = Path::new("/sys");
+    let name = memory
+        .map_or_else(|| devices::disk_with_serial(sys, serial), |start| devices::memory_at(sys, start))
+        .map_err(os("looking for disks in", Path::new("/sys/block")))?;
+    let name = name.ok_or_else(|| match memory {
+        Some(start) => ImageError::NoMemory { start },
+        None => ImageError::NoDisk { serial: serial.to_owned() },
+    })?;
     let node = Path::new("/dev").join(name);
     let disk = File::open(&node).map_err(os("opening", &node))?;
     let mut made = Partitions { disk, node, count: 0 };
@@ -118,12 +136,13 @@ pub fn make(
     }
     let blobs: Vec<String> =
         (2..=made.count).map(|number| format!("device={}", made.node(number).display())).collect();
-    let data = blobs.join(",");
     std::fs::create_dir_all(target).map_err(os("making directory", target))?;
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-    let data = Some(data.as_str()).filter(|data| !data.is_empty());
-    mount(Some(&made.node(1)), target, Some("erofs"), flags, data)
-        .map_err(|errno| os("mounting the image at", target)(errno.into()))?;
+    let first = made.node(1);
+    let mounted = match memory {
+        Some(_) => mount_with_dax(&first, target, &blobs),
+        None => mount_erofs(&first, target, &blobs),
+    };
+    mounted.map_err(os("mounting the image at", target))?;
     if let Some(users) = users {
         shift(target, users.as_fd())?;
     }
@@ -140,6 +159,26 @@ fn shift(target: &Path, users: BorrowedFd<'_>) -> Result<(), ImageError> {
     idmap::set(clone.as_fd(), users, false).map_err(os("shifting the owners of the image at", target))?;
     move_mount(&clone, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(|errno| os("mounting the image at", target)(errno.into()))
+}
+
+fn mount_erofs(node: &Path, target: &Path, options: &[String]) -> io::Result<()> {
+    let data = options.join(",");
+    let data = Some(data.as_str()).filter(|data| !data.is_empty());
+    Ok(mount(Some(node), target, Some("erofs"), MsFlags::MS_RDONLY | MsFlags::MS_NODEV, data)?)
+}
+
+/// With DAX, or without where the kernel cannot: an image is the same either way, but for the memory it takes.
+fn mount_with_dax(node: &Path, target: &Path, blobs: &[String]) -> io::Result<()> {
+    let options: Vec<String> = std::iter::once(DAX.to_owned()).chain(blobs.iter().cloned()).collect();
+    if let Err(error) = mount_erofs(node, target, &options) {
+        log::warn!("{}: mounted without DAX: {error}", target.display());
+        return mount_erofs(node, target, blobs);
+    }
+    // It may also have turned it off.
+    if !mounts::has_option(target, DAX) {
+        log::warn!("{}: the kernel has turned DAX off", target.display());
+    }
+    Ok(())
 }
 
 fn os(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageError + use<> {
@@ -162,6 +201,10 @@ mod tests {
         assert_eq!(refused(&["part=0:4096", "ro"]), "\"ro\" is not a part of a disk");
         assert_eq!(refused(&["part=0:4096"]), "this VM has no disk with serial number \"no-such-disk\"");
         assert!(refused(&["part=0:4096", "own-users"]).contains("the sandbox has none"));
+        assert_eq!(refused(&["memory=0x10000"]), "an image of 0 parts, must be 1 to 129");
+        let nowhere = refused(&["memory=0x10000", "part=0:4096"]);
+        assert_eq!(nowhere, "this VM has no memory of an image at 0x10000");
+        assert_eq!(refused(&["part=0:4096", "memory=0x10000"]), "\"memory=0x10000\" is not a part of a disk");
         let many = vec!["part=0:4096"; MAX_PARTS + 1];
         assert_eq!(refused(&many), "an image of 130 parts, must be 1 to 129");
     }
@@ -173,6 +216,7 @@ mod tests {
             made.node(12)
         };
         assert_eq!(of("/dev/vdb"), Path::new("/dev/vdb12"));
+        assert_eq!(of("/dev/pmem0"), Path::new("/dev/pmem0p12"));
         assert_eq!(of("/dev/nvme0n1"), Path::new("/dev/nvme0n1p12"));
     }
 }

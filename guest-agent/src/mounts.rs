@@ -90,6 +90,14 @@ pub fn is_mount_point(path: &Path) -> bool {
         .is_ok_and(|mounts| mounts.lines().any(|line| line.split(' ').nth(1) == Some(&*wanted)))
 }
 
+/// Whether what is mounted last at `path` has this option.
+pub fn has_option(path: &Path, option: &str) -> bool {
+    let wanted = path.to_string_lossy();
+    let all = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let found = all.lines().rfind(|line| line.split(' ').nth(1) == Some(&*wanted));
+    found.and_then(|line| line.split(' ').nth(3)).is_some_and(|all| all.split(',').any(|o| o == option))
+}
+
 /// Mounts with options as fstab(5) has them, making the mount point if needed. Without `kind`, a bind mount.
 pub fn make(source: &str, target: &Path, kind: &str, options: &[String]) -> Result<(), MountError> {
     let (flags, data) = parse(options);
@@ -160,6 +168,14 @@ mod tests {
         assert_eq!(data, "lowerdir=/a:/b,index=off");
         let (flags, data) = parse(&options("rbind,ro,rw"));
         assert_eq!((flags, data.as_str()), (MsFlags::MS_BIND | MsFlags::MS_REC, ""));
+    }
+
+    #[test]
+    fn options_of_a_mount_are_read() {
+        // Every Linux has it, with one of the two.
+        let proc = Path::new("/proc");
+        assert_ne!(has_option(proc, "rw"), has_option(proc, "ro"));
+        assert!(!has_option(proc, "dax=always") && !has_option(Path::new("/proc/none"), "rw"));
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub struct Config {
     /// hugepages.
     pub max_memory_mib: u32,
     /// Which of these values a pod's annotations may change: `vcpus`, `memory_mib`, `max_vcpus`, `max_memory_mib`,
-    /// `cmdline`, `hugepages`, `prefault`.
+    /// `cmdline`, `hugepages`, `prefault`, `image_dax`.
     pub annotations: Vec<pod::Tunable>,
     /// Words to add to the guest kernel's command line.
     pub cmdline: String,
@@ -63,6 +63,9 @@ pub struct Config {
     pub resize: Resize,
     /// Socket of the node's image service.
     pub image_service: PathBuf,
+    /// Give a VM an image as memory that all VMs share, in place of a disk, if all of it is in the image service's cache when
+    /// its container is made.
+    pub image_dax: bool,
     /// Longest times to wait.
     pub timeouts: Timeouts,
     /// What a pod's limits were when it was made. Not the operator's to say: [`Config::fit_to_pod`] reads it.
@@ -155,6 +158,7 @@ impl Default for Config {
             timeline_dir: None,
             resize: Resize::default(),
             image_service: "/run/ctvm/images.sock".into(),
+            image_dax: false,
             timeouts: Timeouts::default(),
             promised: Need::default(),
         }

@@ -2,6 +2,9 @@
 //!
 //! `source` is the serial number of the disk ([`crate::disk_serial`]). The options are the parts of the disk, in order:
 //! first the EROFS, then the blobs that it takes its data from; and [`OWN_USERS`]. An overlay over it is a mount of its own.
+//!
+//! An image that is memory of the VM has no serial number; the first option says where it is ([`memory`]), and `source` names it in
+//! messages alone.
 
 /// `type` of such a mount.
 pub const MOUNT_TYPE: &str = "ctvm-image";
@@ -20,6 +23,16 @@ pub const MAX_PARTS: usize = 129;
 /// Bytes of a sector, of which a partition is made.
 const SECTOR: u64 = 512;
 
+/// The option for an image that is memory, from that guest physical address on: it is to be mounted with DAX.
+pub fn memory(start: u64) -> String {
+    format!("memory={start:#x}")
+}
+
+/// What such an option says; `None` if it is none.
+pub fn parse_memory(option: &str) -> Option<u64> {
+    u64::from_str_radix(option.strip_prefix("memory=0x")?, 16).ok()
+}
+
 /// The option for a part of a disk, in bytes.
 pub fn part(start: u64, bytes: u64) -> String {
     format!("part={start}:{bytes}")
@@ -37,6 +50,18 @@ pub fn parse_part(option: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_come_back_from_their_options() {
+        for start in [0, 0x1_8000_0000, u64::MAX] {
+            assert_eq!(parse_memory(&memory(start)), Some(start));
+        }
+        for option in
+            ["memory=", "memory=0x", "memory=4096", "memory=0x10000000000000000", "part=0:512", "ro"]
+        {
+            assert_eq!(parse_memory(option), None, "{option}");
+        }
+    }
 
     #[test]
     fn parts_come_back_from_their_options() {

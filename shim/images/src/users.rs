@@ -80,7 +80,8 @@ impl Reader {
     pub fn open(socket: &Path, bootstrap: &Path, config: &str) -> Result<Reader, UsersError> {
         let service = dial(socket)
             .map_err(|source| UsersError::Connect { path: socket.display().to_string(), source })?;
-        let open = OpenRequest::Open { bootstrap: bootstrap.to_owned(), config: config.to_owned() };
+        let open =
+            OpenRequest::Open { bootstrap: bootstrap.to_owned(), config: config.to_owned(), look: false };
         frame::send(&service, &serde_json::to_vec(&open).expect("strings can be written"), &[])?;
         let packet = frame::recv(&service)?;
         let reply = serde_json::from_slice(&packet.bytes).map_err(|e| UsersError::Answer(e.to_string()))?;

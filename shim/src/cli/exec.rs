@@ -439,6 +439,7 @@ mod tests {
             state: "running".into(),
             exit_code: None,
             execs: 0,
+            image: None,
         }
     }
 

@@ -192,6 +192,7 @@ mod tests {
             state: state.into(),
             exit_code,
             execs: 0,
+            image: None,
         };
         let status = Status {
             version: "1".into(),

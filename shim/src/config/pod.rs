@@ -30,10 +30,12 @@ pub enum Tunable {
     MaxVcpus,
     /// [`Config::max_memory_mib`].
     MaxMemoryMib,
+    /// [`Config::image_dax`].
+    ImageDax,
 }
 
-/// Each value with its name, which `io.ctvm.` makes an annotation of, and Kata's name for the same thing.
-const TUNABLES: [(Tunable, &str, &str); 7] = [
+/// Each value with its name, which `io.ctvm.` makes an annotation of, and Kata's name for the same thing, if it has one.
+const TUNABLES: [(Tunable, &str, &str); 8] = [
     (Tunable::Vcpus, "vcpus", "io.katacontainers.config.hypervisor.default_vcpus"),
     (Tunable::MemoryMib, "memory_mib", "io.katacontainers.config.hypervisor.default_memory"),
     (Tunable::Cmdline, "cmdline", "io.katacontainers.config.hypervisor.kernel_params"),
@@ -41,6 +43,7 @@ const TUNABLES: [(Tunable, &str, &str); 7] = [
     (Tunable::Prefault, "prefault", "io.katacontainers.config.hypervisor.enable_mem_prealloc"),
     (Tunable::MaxVcpus, "max_vcpus", "io.katacontainers.config.hypervisor.default_maxvcpus"),
     (Tunable::MaxMemoryMib, "max_memory_mib", "io.katacontainers.config.hypervisor.default_maxmemory"),
+    (Tunable::ImageDax, "image_dax", ""),
 ];
 
 impl Config {
@@ -104,6 +107,7 @@ impl Config {
             Tunable::Cmdline => self.cmdline = format!("{} {value}", self.cmdline).trim().to_owned(),
             Tunable::Hugepages => self.hugepages = flag()?,
             Tunable::Prefault => self.prefault = flag()?,
+            Tunable::ImageDax => self.image_dax = flag()?,
         }
         Ok(())
     }

@@ -12,6 +12,9 @@
 //!
 //! The connection is the lease on the image's bytes in the cache; the VMM holds it. When the service goes away, what the
 //! guest reads waits in the VMM while the image is opened again here: containers notice nothing but time.
+//!
+//! An image of which all is in the cache can be memory of the VM in place of a disk (`image_dax`, `vmm/docs/pmem.md`). Then
+//! there is nothing to wait for, and no connection.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -26,8 +29,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use vmm_api::frame::{self, FrameError, Packet};
-use vmm_api::image::{MAX_BLOBS, OpenReply, OpenRequest, OpenedImage, disk_parts};
-use vmm_api::{BlobConfig, DeviceName, DiskConfig, FdIndex, ImageConfig, NewDevice, Op};
+use vmm_api::image::{DiskPart, MAX_BLOBS, OpenReply, OpenRequest, OpenedImage, disk_parts};
+use vmm_api::{
+    Attached, BlobConfig, DeviceName, DiskConfig, ErrorCode, FdIndex, ImageConfig, NewDevice, Op, Reply,
+};
 
 use crate::container::image::{ImageRoot, Upper};
 use crate::error::chain;
@@ -96,11 +101,13 @@ pub enum OpenError {
         /// What it is.
         version: u8,
     },
-    /// The VMM does not take it as a disk.
-    #[error("image {bootstrap} as a disk of the VM")]
+    /// The VMM, or the guest, does not take it.
+    #[error("image {bootstrap} as {by} of the VM")]
     Attach {
         /// The image.
         bootstrap: PathBuf,
+        /// How.
+        by: By,
         /// What it said.
         #[source]
         source: VmmError,
@@ -125,25 +132,78 @@ pub struct Opened {
     files: Vec<OwnedFd>,
 }
 
-/// What is needed to open an image again: by the serial number of its disk.
+/// How a VM has an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    /// As a disk, whose bytes come as they are read.
+    Disk,
+    /// As memory, which is the page cache of the host.
+    Memory,
+}
+
+impl By {
+    /// As a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            By::Disk => "disk",
+            By::Memory => "memory",
+        }
+    }
+}
+
+impl std::fmt::Display for By {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            By::Disk => "a disk",
+            By::Memory => "memory",
+        })
+    }
+}
+
+/// An image that a VM has.
+#[derive(Debug)]
+struct Image {
+    container: String,
+    /// What is needed to open it again.
+    request: OpenRequest,
+    by: By,
+    bytes: u64,
+}
+
+/// A VM's images, by the serial numbers of their disks.
 #[derive(Debug, Default)]
-pub struct Images(Mutex<HashMap<String, (String, OpenRequest)>>);
+pub struct Images(Mutex<HashMap<String, Image>>);
 
 impl Images {
-    fn add(&self, container: &str, serial: String, request: OpenRequest) {
-        self.lock().insert(serial, (container.to_owned(), request));
+    fn add(&self, serial: String, image: Image) {
+        self.lock().insert(serial, image);
     }
 
     /// Forgets the images of a container; the serial numbers of their disks.
     pub fn forget(&self, container: &str) -> Vec<String> {
-        self.lock().extract_if(|_, (owner, _)| owner == container).map(|(serial, _)| serial).collect()
+        self.lock().extract_if(|_, image| image.container == container).map(|(serial, _)| serial).collect()
     }
 
     fn request(&self, serial: &str) -> Option<OpenRequest> {
-        self.lock().get(serial).map(|(_, request)| request.clone())
+        self.lock().get(serial).map(|image| image.request.clone())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, OpenRequest)>> {
+    /// How many there are of a kind.
+    pub fn count(&self, by: By) -> u64 {
+        self.lock().values().filter(|image| image.by == by).count() as u64
+    }
+
+    /// How the VM has the image of a container.
+    pub fn of(&self, container: &str) -> Option<By> {
+        self.lock().values().find(|image| image.container == container).map(|image| image.by)
+    }
+
+    /// How much of the guest's addresses are images.
+    fn memory_bytes(&self) -> u64 {
+        self.lock().values().filter(|image| image.by == By::Memory).map(|image| image.bytes).sum()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Image>> {
         self.0.lock().expect("no code panics while it holds this lock")
     }
 }
@@ -237,9 +297,10 @@ fn taken_apart(packet: Packet, channel: OwnedFd, request: &OpenRequest) -> Resul
 
 impl Opened {
     /// The disk for the VMM, and its descriptors, of which the first is number `first` of the packet.
-    fn disk(&self, serial: &str, first: u8) -> (DiskConfig, Vec<BorrowedFd<'_>>) {
+    fn disk(&self, serial: &str, first: u8, by: By) -> (DiskConfig, Vec<BorrowedFd<'_>>) {
         let (blobs, fds) = self.parts(first + 1);
-        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS, dax: false };
+        let dax = by == By::Memory;
+        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS, dax };
         let disk = DiskConfig { image: Some(image), ..DiskConfig::read_only(FdIndex(first), serial) };
         (disk, std::iter::once(self.bootstrap.as_fd()).chain(fds).collect())
     }
@@ -252,25 +313,46 @@ impl Opened {
         (blobs, fds)
     }
 
-    /// The mount of the disk for the agent; with `own_users`, for the sandbox's.
-    fn mount(&self, serial: &str, target: String, own_users: bool) -> Result<Mount, OpenError> {
+    fn places(&self) -> Result<Vec<DiskPart>, OpenError> {
         let parts = disk_parts(self.bootstrap_bytes, self.image.blobs.iter().map(|blob| blob.bytes));
-        let parts = parts.ok_or_else(|| OpenError::Answer {
+        parts.ok_or_else(|| OpenError::Answer {
             reason: "bootstrap and blobs are larger than a disk".to_owned(),
-        })?;
+        })
+    }
+
+    /// How much it is as a disk.
+    fn bytes(&self) -> Result<u64, OpenError> {
+        Ok(self.places()?.last().map_or(0, |last| last.end()))
+    }
+
+    /// The mount for the agent, of what came of attaching it; with `own_users`, for the sandbox's.
+    fn mount(
+        &self,
+        attached: &Attached,
+        serial: &str,
+        target: String,
+        own_users: bool,
+    ) -> Result<Mount, OpenError> {
+        let memory = attached.memory.map(|memory| image::memory(memory.start));
+        let parts = self.places()?;
         Ok(Mount {
             type_: image::MOUNT_TYPE.to_owned(),
             source: serial.to_owned(),
             target,
-            options: parts
-                .iter()
-                .map(|part| image::part(part.start, part.bytes))
+            options: memory
+                .into_iter()
+                .chain(parts.iter().map(|part| image::part(part.start, part.bytes)))
                 .chain(own_users.then(|| image::OWN_USERS.to_owned()))
                 .collect(),
             ..Mount::default()
         })
     }
 }
+
+/// Bytes of memory for each byte of which a guest's kernel has one in its account of it (`struct page`, 64 bytes for 4 KiB).
+const ACCOUNT: u64 = 64;
+/// Which part of a guest's memory the account of its images may be: a sixteenth.
+const MOST_ACCOUNT: u64 = 16;
 
 /// How long a guest's read waits for bytes, in milliseconds, before it fails.
 const WAIT_MS: u32 = 60_000;
@@ -301,27 +383,82 @@ impl Sandbox {
         container: &str,
         root: &ImageRoot,
     ) -> Result<Vec<Mount>, OpenError> {
-        let request = OpenRequest::Open { bootstrap: root.bootstrap.clone(), config: root.config.clone() };
+        let request = OpenRequest::Open {
+            bootstrap: root.bootstrap.clone(),
+            config: root.config.clone(),
+            look: self.config.image_dax,
+        };
         let opened = open(&self.config.image_service, &request, self.config.timeouts.image()).await?;
-        let serial = self.attach_image(vm, &opened, &root.bootstrap).await?;
-        vm.images.add(container, serial.clone(), request);
+        let bytes = opened.bytes()?;
+        let reason = self.why_disk(vm, &opened, bytes);
+        let by = if reason.is_none() { By::Memory } else { By::Disk };
+        let mut done =
+            self.attach_image(vm, &opened, &root.bootstrap, by).await.map(|made| (made, by, reason));
+        if let Err(error) = &done
+            && by == By::Memory
+            && is_refusal(error)
+        {
+            let reason = Some(chain(error));
+            done = self
+                .attach_image(vm, &opened, &root.bootstrap, By::Disk)
+                .await
+                .map(|made| (made, By::Disk, reason));
+        }
+        let ((serial, attached), by, reason) = done?;
+        let (bootstrap, mib) = (root.bootstrap.display(), bytes >> 20);
+        match reason.filter(|_| self.config.image_dax) {
+            Some(reason) => log::info!(container:%; "image {bootstrap}: {by} of {mib} MiB, as {reason}"),
+            None => log::info!(container:%; "image {bootstrap}: {by} of {mib} MiB"),
+        }
+        let image = Image { container: container.to_owned(), request, by, bytes };
+        vm.images.add(serial.clone(), image);
         let lower = format!("{}/{container}", image::LOWER_PATH);
         let overlay = overlay(container, root, &lower);
         let target = if overlay.is_some() { lower } else { root_path(container) };
-        let image = opened.mount(&serial, target, root.maps.is_some())?;
+        let image = opened.mount(&attached, &serial, target, root.maps.is_some())?;
         Ok(std::iter::once(image).chain(overlay).collect())
     }
 
-    async fn attach_image(&self, vm: &Vm, opened: &Opened, bootstrap: &Path) -> Result<String, OpenError> {
+    /// Why an image becomes a disk; nothing if it can be memory.
+    fn why_disk(&self, vm: &Vm, opened: &Opened, bytes: u64) -> Option<String> {
+        if !self.config.image_dax {
+            return Some("`image_dax` is off".to_owned());
+        }
+        if !opened.image.ready {
+            return Some("not all of it is in the cache".to_owned());
+        }
+        let memory = u64::from(self.resizer.now().memory_mib.unwrap_or(vm.boot.memory_mib)) << 20;
+        let most = memory / MOST_ACCOUNT * ACCOUNT;
+        let all = vm.images.memory_bytes().saturating_add(bytes);
+        (all > most).then(|| {
+            format!(
+                "the guest's kernel would need {} MiB for its account of it, of {} MiB",
+                all.div_ceil(ACCOUNT) >> 20,
+                memory >> 20
+            )
+        })
+    }
+
+    async fn attach_image(
+        &self,
+        vm: &Vm,
+        opened: &Opened,
+        bootstrap: &Path,
+        by: By,
+    ) -> Result<(String, Attached), OpenError> {
         let mut disks = vm.disks.lock().await;
         let number = disks.next_number().map_err(|limit| OpenError::TooMany { count: limit + 1, limit })?;
         let serial = disk_serial(number);
-        let (disk, fds) = opened.disk(&serial, 0);
+        let (disk, fds) = opened.disk(&serial, 0, by);
         let attach = Op::Attach { device: NewDevice::Disk(disk), timeout_ms: self.plug_ms() };
-        let attached = vm.vmm.call(attach, &fds, self.plug_limit()).await;
-        attached.map_err(|source| OpenError::Attach { bootstrap: bootstrap.to_owned(), source })?;
-        disks.add_image(number);
-        Ok(serial)
+        let failed = |source| OpenError::Attach { bootstrap: bootstrap.to_owned(), by, source };
+        match vm.vmm.call(attach, &fds, self.plug_limit()).await.map_err(failed)? {
+            (Reply::Attached(attached), _) => {
+                disks.add_image(number);
+                Ok((serial, attached))
+            }
+            _ => Err(failed(VmmError::Answer { op: "attach" })),
+        }
     }
 
     /// Takes a container's images away from the VM. Its mounts in the guest are gone.
@@ -384,6 +521,18 @@ impl Sandbox {
         vm.vmm.call(op, &fds, self.config.timeouts.vmm()).await?;
         Ok(())
     }
+}
+
+/// Whether the VMM or the guest has said no, and has nothing of it.
+fn is_refusal(error: &OpenError) -> bool {
+    let OpenError::Attach { source: VmmError::Refused { source, .. }, .. } = error else { return false };
+    matches!(
+        source.code,
+        ErrorCode::FailedPrecondition
+            | ErrorCode::InvalidArgument
+            | ErrorCode::ResourceExhausted
+            | ErrorCode::Internal
+    )
 }
 
 /// The overlay over an image that the guest has mounted at `lower`; none if there is nothing to lie over it.

@@ -141,7 +141,7 @@ fn configuration(folder: &Path) -> Result<String> {
     });
     fs::write(cni.join("10-bridge.conflist"), serde_json::to_vec_pretty(&network)?)?;
     let config = fs::read_to_string("/etc/ctvm/config.toml").context("read the shim's configuration")?;
-    let more = "annotations = [\"vcpus\", \"memory_mib\", \"cmdline\"]\n";
+    let more = "annotations = [\"vcpus\", \"memory_mib\", \"cmdline\", \"image_dax\"]\n";
     let impatient = "[timeouts]\nagent_ms = 20000\n";
     fs::write(folder.join("ctvm-lenient.toml"), format!("{more}{config}{impatient}"))?;
     write_logged(folder, &config)?;
@@ -185,7 +185,7 @@ fn configuration(folder: &Path) -> Result<String> {
 }
 
 /// One more runtime of ours, with a configuration of its own: `ctvm-lenient` lets pods change the guest kernel's command
-/// line, and gives an agent 20 s; `ctvm-logged` has system calls that the VMM's filters do not list written to the host's log.
+/// line and how they have their images, and gives an agent 20 s; `ctvm-logged` has system calls that the VMM's filters do not list written to the host's log.
 fn variant(name: &str, folder: &Path) -> String {
     let table = format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.ctvm-{name}");
     format!(

@@ -155,6 +155,13 @@ impl ImageNode {
         Ok(format!("{}/app:{tag}", node::REGISTRY))
     }
 
+    /// Bootstraps in the snapshotter's folder.
+    pub fn bootstraps(&self) -> Result<Vec<PathBuf>> {
+        let snapshots = self.folder().join("snapshots");
+        let found = run(Command::new("find").arg(snapshots).args(["-name", "image.boot"]))?.ok()?;
+        Ok(found.lines().map(PathBuf::from).collect())
+    }
+
     /// The size of the blobs that the registry has of the images, stored, in bytes.
     pub fn stored(&self) -> Result<u64> {
         let script = "find \"$0\" -name data -size +20k -exec stat -c %s {} +";
@@ -238,6 +245,13 @@ impl NoiseTree {
 /// Prints the sums of all files of a [`NoiseTree`], in their order, as they are on the disk.
 pub const SUMS: &str =
     "for f in /data/*; do dd if=$f bs=256k iflag=direct 2>/dev/null | md5sum | sed 's/ .*//'; done";
+
+/// The daemon's configuration of an image of the node, for who opens it at the image service.
+pub fn backend() -> String {
+    let registry =
+        json!({"type": "registry", "config": {"host": node::REGISTRY, "repo": "app", "scheme": "http"}});
+    json!({"device": {"backend": registry}, "mode": "direct"}).to_string()
+}
 
 /// A pod whose VM is small.
 pub fn small_pod(cri: &Cri) -> Result<Pod> {

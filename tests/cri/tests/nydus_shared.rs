@@ -3,7 +3,7 @@
 #![cfg(feature = "lab")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,7 +17,6 @@ use e2e::command::wait_until;
 use e2e::image_reader::ImageReader;
 use e2e::wire::Passed;
 use e2e::{node, run};
-use serde_json::json;
 
 /// All that read an image at once.
 const READERS: usize = 50;
@@ -25,13 +24,6 @@ const READERS: usize = 50;
 const CONTAINERS: [(usize, usize); 2] = [(6, 3), (50, 10)];
 const MIB: u64 = 1 << 20;
 const CONFIG: &str = "[fetch]\nprefetch = false\n";
-
-/// Bootstraps in the snapshotter's folder.
-fn bootstraps(node: &ImageNode) -> Result<Vec<PathBuf>> {
-    let snapshots = node.folder().join("snapshots");
-    let found = run(Command::new("find").arg(snapshots).args(["-name", "image.boot"]))?.ok()?;
-    Ok(found.lines().map(PathBuf::from).collect())
-}
 
 /// No byte of a blob was asked for twice.
 fn nothing_came_twice(passed: &[Passed]) -> Result<()> {
@@ -48,10 +40,8 @@ fn fifty_read(node: &ImageNode, name: &str, wanted: &str) -> Result<Vec<Pod>> {
     let (containers, vms) = CONTAINERS[usize::from(e2e::long())];
     let pods = (0..vms).map(|_| small_pod(node.cri())).collect::<Result<Vec<_>>>()?;
     // A bootstrap is there once the first container's snapshot has been asked for; the rest of it is in the image.
-    let bootstrap = bootstraps(node)?.pop().context("a bootstrap")?;
-    let registry =
-        json!({"type": "registry", "config": {"host": node::REGISTRY, "repo": "app", "scheme": "http"}});
-    let config = json!({"device": {"backend": registry}, "mode": "direct"}).to_string();
+    let bootstrap = node.bootstraps()?.pop().context("a bootstrap")?;
+    let config = cri::image_node::backend();
     let (start, before) = (Barrier::new(READERS), node.wire.passed().len());
     let began = Instant::now();
     let longest = thread::scope(|scope| {

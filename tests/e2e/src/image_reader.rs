@@ -27,7 +27,7 @@ impl ImageReader {
         let service = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         connect(&service, &SocketAddrUnix::new(socket)?)?;
         set_socket_timeout(&service, Timeout::Recv, Some(LIMIT))?;
-        let request = OpenRequest::Open { bootstrap: bootstrap.into(), config: config.into() };
+        let request = OpenRequest::Open { bootstrap: bootstrap.into(), config: config.into(), look: false };
         frame::send(&service, &serde_json::to_vec(&request)?, &[])?;
         let answer = frame::recv(&service)?;
         match serde_json::from_slice(&answer.bytes)? {

@@ -104,6 +104,19 @@ impl Image {
         Ok(())
     }
 
+    /// Whether all of it is ready.
+    fn is_whole(&self) -> Result<bool> {
+        for (bytes, cache) in &self.blobs {
+            let blocks = (bytes.len() as u64).div_ceil(BLOCK);
+            let mut map = vec![0; usize::try_from(ready_map_bytes(bytes.len() as u64))?];
+            cache.read_exact_at(&mut map, ready_map_offset(bytes.len() as u64))?;
+            if map.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>() < blocks {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// A blob's cache file, to do harm to it.
     pub fn cache_file(&self, blob: usize) -> &File {
         &self.blobs[blob].1
@@ -199,10 +212,12 @@ impl Server {
         set_time_limit(&self.listener)?;
         let connection = accept_with(&self.listener, SocketFlags::CLOEXEC).context("no shim")?;
         set_time_limit(&connection)?;
-        let request = serde_json::from_slice(&frame::recv(&connection)?.bytes)?;
+        let request: OpenRequest = serde_json::from_slice(&frame::recv(&connection)?.bytes)?;
         let blobs = image.blobs.iter();
         let blobs = blobs.map(|(bytes, _)| Blob { id: "00".into(), bytes: bytes.len() as u64 }).collect();
-        let reply = serde_json::to_vec(&OpenReply::Opened(OpenedImage { version: 6, blobs }))?;
+        let OpenRequest::Open { look, .. } = &request;
+        let ready = *look && image.is_whole()?;
+        let reply = serde_json::to_vec(&OpenReply::Opened(OpenedImage { version: 6, blobs, ready }))?;
         let files = std::iter::once(&image.bootstrap).chain(image.blobs.iter().map(|(_, cache)| cache));
         let fds: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
         frame::send(&connection, &reply, &fds)?;

@@ -183,7 +183,7 @@ fn a_container_runs_from_an_image_while_its_service_dies_and_comes_back() -> Res
     let (status, output) = thread::scope(|scope| {
         let serving = scope.spawn(|| -> Result<usize> {
             let (request, service) = server.accept(&image)?;
-            let OpenRequest::Open { bootstrap: asked, config } = &request;
+            let OpenRequest::Open { bootstrap: asked, config, .. } = &request;
             ensure!(asked == bootstrap && config.contains("localfs"), "{request:?}");
             // It dies as the program is being read.
             let before = service.fulfil(&image, 6)?;

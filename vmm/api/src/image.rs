@@ -17,6 +17,9 @@
 //! the file and their chunk's digest is verified, and never takes back a bit of a blob that an open image names. So a reader
 //! that sees the bit may read the block from the file, without asking. A block whose bit is not set reads as zeros or worse.
 //!
+//! An image of which everything is ready needs no connection: its cache files can be mapped, as long as one cares for no block that
+//! is nobody's. The lock on them, which comes with the descriptors, lasts as long as the mappings.
+//!
 //! Not every block of a blob belongs to a chunk of the image (a layer's file that a later layer removed). Such a block is never
 //! made ready, since another image that shares the file may have a chunk there; a wish for it ends well, and it is nobody's: a
 //! reader takes zeros for it and does not ask again.
@@ -46,6 +49,9 @@ pub enum OpenRequest {
         /// registry's credentials. The service's own configuration when empty.
         #[serde(default)]
         config: String,
+        /// Look whether all of it is in the cache, and say so ([`OpenedImage::ready`]).
+        #[serde(default)]
+        look: bool,
     },
 }
 
@@ -69,6 +75,10 @@ pub struct OpenedImage {
     pub version: u8,
     /// Its blobs, in the order of the bootstrap's device table. At most [`MAX_BLOBS`].
     pub blobs: Vec<Blob>,
+    /// Every block of every blob that belongs to a chunk of the image is ready, and stays so while somebody has its cache file open or
+    /// mapped. Said only if it was asked.
+    #[serde(default)]
+    pub ready: bool,
 }
 
 /// One blob of an open image.

@@ -42,11 +42,11 @@ async fn talk(
     }
     let request: Option<OpenRequest> =
         request.get(..len).and_then(|request| serde_json::from_slice(request).ok());
-    let Some(OpenRequest::Open { bootstrap, config }) = request else {
+    let Some(OpenRequest::Open { bootstrap, config, look }) = request else {
         let reason = format!("the request of {len} bytes is none");
         return refuse(&packets, reason).await;
     };
-    let Opened { image, answer, fds, ahead } = match open(service, &bootstrap, &config).await {
+    let Opened { image, mut answer, fds, ahead } = match open(service, &bootstrap, &config).await {
         Ok(opened) => opened,
         Err(error) => {
             let reason = chain(&error);
@@ -54,6 +54,11 @@ async fn talk(
             return refuse(&packets, reason).await;
         }
     };
+    if look {
+        // After the locks were taken: nothing of it goes any more.
+        let image = Arc::clone(&image);
+        answer.ready = blocking(move || image.is_whole()).await;
+    }
     let answer = serde_json::to_vec(&OpenReply::Opened(answer)).map_err(io::Error::other)?;
     packets.send(&answer, &fds).await?;
     // From here on the descriptors' locks are the VMM's.

@@ -23,8 +23,18 @@ pub struct Client {
 
 impl Client {
     pub fn open(socket: &Path, bootstrap: &Path, config: &str) -> Result<Client, String> {
+        Self::open_and_look(socket, bootstrap, config, false)
+    }
+
+    /// Opens an image, and asks whether all of it is there.
+    pub fn open_and_look(
+        socket: &Path,
+        bootstrap: &Path,
+        config: &str,
+        look: bool,
+    ) -> Result<Client, String> {
         let socket = socket::connect(socket).map_err(|error| error.to_string())?;
-        let request = OpenRequest::Open { bootstrap: bootstrap.into(), config: config.into() };
+        let request = OpenRequest::Open { bootstrap: bootstrap.into(), config: config.into(), look };
         let request = serde_json::to_vec(&request).expect("JSON");
         rustix::net::send(&socket, &request, SendFlags::NOSIGNAL).map_err(|error| error.to_string())?;
         let mut buffer = vec![0; 1 << 16];

@@ -31,6 +31,33 @@ fn version_6_images_of_every_compressor_read_as_the_folder() {
 }
 
 #[test]
+fn an_image_is_whole_when_all_its_chunks_are_there_and_whoever_asks_is_told() {
+    let sample = Sample::new();
+    let running = Running::plain();
+    let options = Options { chunk_size: 64 << 10, ..Options::default() };
+    for version in [5, 6] {
+        let built = sample.build(&format!("whole-{version}"), &Options { version, ..options.clone() });
+        let config = folder_config(&sample.blobs());
+        let look = || {
+            let client =
+                Client::open_and_look(&running.socket(), &built.bootstrap, &config, true).expect("open");
+            client.image.ready
+        };
+        assert!(!look(), "nothing is there");
+        let client = running.open(&built.bootstrap, &config);
+        // A part of it, with what comes beside it.
+        assert_eq!(client.fetch(0, 0, 1), 0);
+        assert!(client.ready(0) > 0 && !look());
+        assert_eq!(client.fetch_all(), 0);
+        assert!(look());
+        assert!(!running.open(&built.bootstrap, &config).image.ready, "nobody asked");
+        drop(client);
+        running.closed();
+        assert!(look(), "it is there without anybody who has it open");
+    }
+}
+
+#[test]
 fn version_5_images_read_as_the_folder() {
     let sample = Sample::new();
     let running = Running::plain();

@@ -3,13 +3,14 @@
 use std::fs::File;
 
 use vmm_api::image::Blob;
+use vmm_api::{ApiError, MemoryRange};
 
 use super::*;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn request() -> OpenRequest {
-    OpenRequest::Open { bootstrap: "/b/image.boot".into(), config: "{}".into() }
+    OpenRequest::Open { bootstrap: "/b/image.boot".into(), config: "{}".into(), look: true }
 }
 
 /// A service that answers one request so, with as many descriptors.
@@ -49,27 +50,42 @@ fn opened(answer: &str, fds: usize) -> Result<Opened, OpenError> {
 
 fn two_blobs(version: u8) -> String {
     let blob = |bytes| Blob { id: "ab".into(), bytes };
-    let image = OpenedImage { version, blobs: vec![blob(9000), blob(1)] };
+    let image = OpenedImage { version, blobs: vec![blob(9000), blob(1)], ready: true };
     serde_json::to_string(&OpenReply::Opened(image)).unwrap()
 }
 
 #[test]
 fn an_image_becomes_a_disk_and_a_mount() {
     let image = opened(&two_blobs(6), 3).unwrap();
-    let (disk, fds) = image.disk("ctvm-disk-2", 0);
+    let (disk, fds) = image.disk("ctvm-disk-2", 0, By::Disk);
     assert_eq!(
         (disk.file, disk.read_only, disk.id.as_str(), fds.len()),
         (FdIndex(0), true, "ctvm-disk-2", 4)
     );
     let parts = disk.image.unwrap();
+    assert!(!parts.dax);
     assert_eq!(parts.channel, FdIndex(1));
     let blobs: Vec<_> = parts.blobs.iter().map(|blob| (blob.file.0, blob.bytes)).collect();
     assert_eq!(blobs, [(2, 9000), (3, 1)]);
-    let mount = image.mount("ctvm-disk-2", "/x".into(), false).unwrap();
+    let place = Attached {
+        name: DeviceName::Disk("ctvm-disk-2".into()),
+        slot: 3,
+        registers: 0,
+        irq: 0,
+        memory: None,
+        took_us: 0,
+    };
+    let mount = image.mount(&place, "ctvm-disk-2", "/x".into(), false).unwrap();
     assert_eq!((mount.type_.as_str(), mount.source.as_str()), ("ctvm-image", "ctvm-disk-2"));
     assert_eq!(mount.options, ["part=0:8192", "part=8192:12288", "part=20480:4096"]);
-    let mount = image.mount("ctvm-disk-2", "/x".into(), true).unwrap();
+    let mount = image.mount(&place, "ctvm-disk-2", "/x".into(), true).unwrap();
     assert_eq!(mount.options[2..], ["part=20480:4096", "own-users"]);
+    assert_eq!(image.bytes().unwrap(), 24_576);
+    // As memory.
+    assert!(image.disk("ctvm-disk-2", 0, By::Memory).0.image.unwrap().dax);
+    let place = Attached { memory: Some(MemoryRange { start: 1 << 32, bytes: 2 << 20 }), ..place };
+    let mount = image.mount(&place, "ctvm-disk-2", "/x".into(), false).unwrap();
+    assert_eq!(mount.options, ["memory=0x100000000", "part=0:8192", "part=8192:12288", "part=20480:4096"]);
     // Again, for a disk that is there.
     let (blobs, fds) = image.parts(0);
     assert_eq!((blobs[0].file, blobs[1].file, fds.len()), (FdIndex(1), FdIndex(2), 3));
@@ -99,7 +115,8 @@ fn answers_that_cannot_be_are_said() {
         assert!(said(&two_blobs(6), fds).ends_with(&text), "{fds}");
     }
     assert!(said("nonsense", 0).starts_with("the image service's answer: "));
-    let many = OpenedImage { version: 6, blobs: vec![Blob { id: String::new(), bytes: 1 }; 129] };
+    let many =
+        OpenedImage { version: 6, blobs: vec![Blob { id: String::new(), bytes: 1 }; 129], ready: false };
     let many = serde_json::to_string(&OpenReply::Opened(many)).unwrap();
     assert!(said(&many, 130).ends_with("129 blobs, must be 0 to 128"));
 }
@@ -152,9 +169,36 @@ fn an_overlay_lies_over_what_there_is() {
 #[test]
 fn images_are_forgotten_by_their_container() {
     let images = Images::default();
-    for (container, serial) in [("a", "ctvm-disk-0"), ("b", "ctvm-disk-1")] {
-        images.add(container, serial.to_owned(), request());
+    for (container, serial, by, bytes) in [
+        ("a", "ctvm-disk-0", By::Memory, 5000),
+        ("b", "ctvm-disk-1", By::Disk, 7),
+        ("c", "ctvm-disk-2", By::Memory, 1),
+    ] {
+        images.add(serial.to_owned(), Image { container: container.into(), request: request(), by, bytes });
     }
+    assert_eq!((images.count(By::Memory), images.count(By::Disk), images.memory_bytes()), (2, 1, 5001));
+    assert_eq!((images.of("a"), images.of("b"), images.of("d")), (Some(By::Memory), Some(By::Disk), None));
     assert_eq!(images.forget("a"), ["ctvm-disk-0"]);
     assert_eq!((images.request("ctvm-disk-0"), images.request("ctvm-disk-1")), (None, Some(request())));
+    assert_eq!(images.memory_bytes(), 1);
+}
+
+#[test]
+fn what_the_guest_may_still_get_is_not_given_to_it_again_as_a_disk() {
+    let attach = |source| OpenError::Attach { bootstrap: "/b".into(), by: By::Memory, source };
+    let refused = |code| {
+        let source = ApiError { code, message: String::new(), causes: vec![] };
+        attach(VmmError::Refused { op: "attach", source })
+    };
+    for (code, again) in [
+        (ErrorCode::FailedPrecondition, true),
+        (ErrorCode::ResourceExhausted, true),
+        (ErrorCode::InvalidArgument, true),
+        (ErrorCode::DeadlineExceeded, false),
+        (ErrorCode::Unavailable, false),
+    ] {
+        assert_eq!(is_refusal(&refused(code)), again, "{code:?}");
+    }
+    assert!(!is_refusal(&attach(VmmError::Answer { op: "attach" })));
+    assert!(!is_refusal(&OpenError::TooMany { count: 2, limit: 1 }));
 }

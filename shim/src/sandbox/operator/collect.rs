@@ -24,7 +24,7 @@ use super::status::{CONTAINER_STATES, Status};
 use crate::clock;
 use crate::sandbox::boot::Vm;
 use crate::sandbox::timeline::SHIM_START;
-use crate::sandbox::{Sandbox, aside};
+use crate::sandbox::{Progress, Sandbox, aside};
 
 /// How long the answer waits for others.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -120,6 +120,9 @@ fn write(sandbox: &Sandbox, runs: bool, status: &Status, seen: &Answers, begun: 
     if let Some(stats) = &seen.stats {
         devices(&mut to, stats);
         images::describe(&mut to, stats);
+    }
+    if let Progress::Up(vm) = &*sandbox.vm.borrow() {
+        images::count(&mut to, &vm.images);
     }
     cost(&mut to, seen);
     guest(&mut to, seen, sandbox);
@@ -269,6 +272,9 @@ fn cost(to: &mut Exposition, host: &Answers) {
         to.gauge("ctvm_guest_memory_resident_bytes", "Guest memory that the host has given.", vmm.guest);
         let help = "Of that what other processes share.";
         to.gauge("ctvm_guest_memory_shared_bytes", help, vmm.guest_shared);
+        let help =
+            "Images that the guest has as memory, as far as it has touched them: the host's page cache.";
+        to.gauge("ctvm_image_memory_resident_bytes", help, vmm.images);
     }
     if let Some(us) = host.vmm_cpu_us {
         let help = "Processor time of the monitor, the guest's included.";

@@ -1,10 +1,24 @@
-//! How long reads of images waited for their bytes.
+//! A VM's images: how it has them, and how long reads of them waited for their bytes.
 
 use std::collections::BTreeMap;
 
 use vmm_api::Stats;
 
-use super::exposition::{Exposition, seconds};
+use super::exposition::{Exposition, Kind, seconds};
+use crate::sandbox::images::{By, Images};
+
+/// How many images a VM has of each kind. Nothing, when it has none.
+pub fn count(to: &mut Exposition, images: &Images) {
+    let counts = [By::Disk, By::Memory].map(|by| (by, images.count(by)));
+    if counts.iter().all(|(_, count)| *count == 0) {
+        return;
+    }
+    let help = "Nydus images of the sandbox: disks, and memory that sandboxes share.";
+    let mut family = to.family("ctvm_images", Kind::Gauge, help);
+    for (by, count) in counts {
+        family.sample(&[("by", by.name())], count);
+    }
+}
 
 /// Adds up the images of a VM. Nothing, when it has none.
 pub fn describe(to: &mut Exposition, stats: &Stats) {

@@ -16,10 +16,12 @@ pub struct Footprint {
     pub guest: u64,
     /// Of that what other processes share.
     pub guest_shared: u64,
+    /// Images that the guest has as memory: pages of the host's page cache.
+    pub images: u64,
 }
 
 /// Reads a process's footprint. The monitor excludes guest memory from core dumps, boot's and what came later alike, and
-/// nothing else of it that has no name: so it is found.
+/// nothing else of it that has no name: so it is found. Of what has a name that is an image's file, which can only be read.
 ///
 /// The kernel walks all its pages for this, some milliseconds for each GiB.
 ///
@@ -33,6 +35,7 @@ pub fn footprint(pid: u32) -> io::Result<Footprint> {
 #[derive(Debug, Default)]
 struct Mapping {
     may_be_guests: bool,
+    may_be_images: bool,
     private: u64,
     shared: u64,
     pss: u64,
@@ -54,7 +57,8 @@ fn sum(mut smaps: impl io::BufRead) -> io::Result<Footprint> {
             // `address perms offset device inode [name]`
             let name = line.split_ascii_whitespace().nth(5);
             let may_be_guests = name.is_none_or(|name| name == "/anon_hugepage");
-            mapping = Mapping { may_be_guests, ..Mapping::default() };
+            let may_be_images = name.is_some() && value == "r--p";
+            mapping = Mapping { may_be_guests, may_be_images, ..Mapping::default() };
             continue;
         }
         let bytes = value.parse::<u64>().unwrap_or(0) * 1024;
@@ -82,6 +86,8 @@ impl Footprint {
         if mapping.may_be_guests && is_kept_from_dumps {
             self.guest += mapping.resident;
             self.guest_shared += mapping.shared;
+        } else if mapping.may_be_images && is_kept_from_dumps {
+            self.images += mapping.resident;
         } else {
             self.private += mapping.private;
             self.shared += mapping.shared;
@@ -121,7 +127,9 @@ mod tests {
                      7f0007000000-7f0008000000 ---p 00000000 00:00 0 /anon_hugepage (deleted)\nSize: 16384 kB\nRss: 0 kB\n\
                      Private_Hugetlb: 10000 kB\nVmFlags: mr dd ht\n\
                      7ffd0000-7ffe0000 rw-p 0 00:00 0\nSize: 132 kB\nRss: 12 kB\nPss: 12 kB\n\
-                     Private_Dirty: 12 kB\nVmFlags: rd wr\n";
+                     Private_Dirty: 12 kB\nVmFlags: rd wr\n\
+                     7f8000000-7f9000000 r--p 0 fe:00 7 /cache/blobs/ab/0/data\nSize: 16384 kB\nRss: 300 kB\nPss: 30 kB\n\
+                     Shared_Clean: 300 kB\nVmFlags: rd mr mw me dd\n";
         let kib = |n: u64| n * 1024;
         let expected = Footprint {
             private: kib(32),
@@ -129,6 +137,7 @@ mod tests {
             pss: kib(62),
             guest: kib(20000),
             guest_shared: kib(400),
+            images: kib(300),
         };
         assert_eq!(sum(smaps.as_bytes()).unwrap(), expected);
     }

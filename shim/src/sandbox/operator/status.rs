@@ -42,6 +42,9 @@ pub struct ContainerStatus {
     pub exit_code: Option<u32>,
     /// Execs that run.
     pub execs: usize,
+    /// How it has its image, where that is a Nydus image: `disk` or `memory`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub image: Option<String>,
 }
 
 /// States of containers, for those who count.
@@ -58,7 +61,8 @@ impl Status {
             Progress::Up(_) => "running",
         };
         let sizes = sandbox.resizer.now();
-        let mut containers: Vec<_> = sandbox.containers().iter().map(|c| ContainerStatus::of(c)).collect();
+        let mut containers: Vec<_> =
+            sandbox.containers().iter().map(|c| ContainerStatus::of(c, sandbox)).collect();
         containers.sort_by(|a, b| a.id.cmp(&b.id));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -75,7 +79,11 @@ impl Status {
 }
 
 impl ContainerStatus {
-    fn of(container: &Container) -> Self {
+    fn of(container: &Container, sandbox: &Sandbox) -> Self {
+        let image = match &*sandbox.vm.borrow() {
+            Progress::Up(vm) => vm.images.of(&container.id),
+            _ => None,
+        };
         let phase = container.process("").map(|init| init.phase());
         let (state, exit_code) = match phase {
             None => ("creating", None),
@@ -91,6 +99,7 @@ impl ContainerStatus {
             state: state.to_owned(),
             exit_code,
             execs,
+            image: image.map(|by| by.name().to_owned()),
         }
     }
 }
