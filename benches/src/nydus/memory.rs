@@ -11,7 +11,7 @@ use e2e::containerd::pids_of;
 use e2e::run;
 
 use super::link::NO_LIMIT;
-use super::node::{NYDUS, Node, OCI, Way};
+use super::node::{DAX, NYDUS, Node, OCI, Way};
 use super::pages::resident_below;
 use super::{GROUP, Image, MEDIUM, SMALL};
 
@@ -27,7 +27,7 @@ const QUIET: Duration = Duration::from_secs(5);
 pub fn measure(node: &mut Node) -> Result<Vec<Row>> {
     node.link.set(NO_LIMIT)?;
     let mut rows = Vec::new();
-    for way in [NYDUS, OCI] {
+    for way in [NYDUS, DAX, OCI] {
         let idle = vms(node, way, &SMALL, &["sleep", "1000000"], 1)?;
         let vms = vms(node, way, &MEDIUM, SERVER, VMS)?;
         let mut row = |what: &str, kib: f64| {
@@ -38,7 +38,10 @@ pub fn measure(node: &mut Node) -> Result<Vec<Row>> {
         row("guest memory", vms.guests);
         row("image in the guests' page caches", vms.guest_cache - idle.guest_cache * VMS as f64);
         row("image in the host's page cache", vms.host_cache);
-        if way == NYDUS {
+        if way == DAX {
+            row("image as the VMMs have it mapped", vms.shown);
+        }
+        if way.is_nydus() {
             row("image service, PSS", vms.services[0]);
             row("snapshotter, PSS", vms.services[1]);
         }
@@ -52,6 +55,7 @@ struct Memory {
     shims: f64,
     vmms: f64,
     guests: f64,
+    shown: f64,
     guest_cache: f64,
     host_cache: f64,
     services: [f64; 2],
@@ -60,6 +64,12 @@ struct Memory {
 /// Runs containers of one image, each in its VM, beside each other, and looks.
 fn vms(node: &mut Node, way: Way, image: &Image, command: &[&str], count: usize) -> Result<Memory> {
     node.pull_if_absent(image.repository, way)?;
+    if way == DAX {
+        // One of which not all is there is a disk.
+        node.start_container(image.repository, NYDUS, &[], "first", &["sleep", "1000000"])?;
+        node.fetch_all(image.repository)?;
+        node.remove("first")?;
+    }
     // What unpacking has left in memory is not what the containers need.
     run(&mut Command::new("sync"))?.ok()?;
     fs::write("/proc/sys/vm/drop_caches", "1").context("drop the page cache")?;
@@ -75,8 +85,10 @@ fn vms(node: &mut Node, way: Way, image: &Image, command: &[&str], count: usize)
         memory.shims += footprint(shim.try_into()?, 0)?.own_pss as f64;
         let vmm = footprint(vmm.try_into()?, GUEST_MIB * 1024 - 4096)?;
         ensure!(vmm.guest_rss > 0, "a VM has no memory of {GUEST_MIB} MiB");
+        ensure!((vmm.shown_rss > 0) == (way == DAX), "{}: {vmm:?}", way.subject);
         memory.vmms += vmm.own_pss as f64;
         memory.guests += vmm.guest_rss as f64;
+        memory.shown += vmm.shown_rss as f64;
     }
     for id in &ids {
         memory.guest_cache += page_cache_kib(&node.exec(id, &["cat", "/proc/meminfo"])?)?;

@@ -8,7 +8,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use benches::subject::now_us;
 use e2e::containerd::RUNTIME;
+use e2e::image_reader::ImageReader;
 use e2e::{Containerd, Service, Setup, SmallFs, node, run};
+
+use serde_json::json;
 
 use super::link::{Link, REGISTRY};
 
@@ -24,17 +27,27 @@ pub struct Way {
     pub tag: &'static str,
     snapshotter: &'static str,
     runtime: &'static str,
+    /// It is to be memory of the VM.
+    dax: bool,
 }
 
 /// A Nydus image by our snapshotter, a disk of the VM.
-pub const NYDUS: Way = Way { subject: "ctvm, Nydus", tag: "nydus", snapshotter: "ctvm", runtime: RUNTIME };
+pub const NYDUS: Way =
+    Way { subject: "ctvm, Nydus", tag: "nydus", snapshotter: "ctvm", runtime: RUNTIME, dax: false };
+/// The same, all of it in the cache, as memory of the VM.
+pub const DAX: Way = Way { subject: "ctvm, Nydus, DAX", dax: true, ..NYDUS };
 /// An ordinary image, unpacked on the node, and shown to the VM by virtio-fs.
-pub const OCI: Way = Way { subject: "ctvm, OCI", tag: "oci", snapshotter: "overlayfs", runtime: RUNTIME };
+pub const OCI: Way =
+    Way { subject: "ctvm, OCI", tag: "oci", snapshotter: "overlayfs", runtime: RUNTIME, dax: false };
 /// The same without a VM.
-pub const RUNC: Way =
-    Way { subject: "runc, OCI", tag: "oci", snapshotter: "overlayfs", runtime: "io.containerd.runc.v2" };
+pub const RUNC: Way = Way { subject: "runc, OCI", runtime: "io.containerd.runc.v2", ..OCI };
 
 impl Way {
+    /// Whether the image service has the image's files.
+    pub fn is_nydus(self) -> bool {
+        self.tag == NYDUS.tag
+    }
+
     /// An image's name.
     pub fn name(self, image: &str) -> String {
         format!("{REGISTRY}/{image}:{}", self.tag)
@@ -67,7 +80,25 @@ impl Node {
             config: |_| Ok(configuration()),
             ..Setup::default()
         };
-        Ok(Node { containerd: setup.start()?, snapshotter, images, disk, link })
+        let node = Node { containerd: setup.start()?, snapshotter, images, disk, link };
+        let usual = fs::read_to_string("/etc/ctvm/config.toml").context("read the shim's configuration")?;
+        fs::write(node.dax_config(), format!("image_dax = true\n{usual}"))?;
+        Ok(node)
+    }
+
+    fn dax_config(&self) -> PathBuf {
+        self.containerd.folder().join("dax.toml")
+    }
+
+    /// Has all of a Nydus image fetched that a container of it was made of.
+    pub fn fetch_all(&self, image: &str) -> Result<()> {
+        let snapshots = self.disk.path().join("snapshots");
+        let found = run(Command::new("find").arg(snapshots).args(["-name", "image.boot"]))?.ok()?;
+        let bootstrap = found.lines().next().context("a bootstrap: no container was made of the image")?;
+        let backend =
+            json!({"type": "registry", "config": {"host": REGISTRY, "repo": image, "scheme": "http"}});
+        let config = json!({"device": {"backend": backend}, "mode": "direct"}).to_string();
+        ImageReader::open(Path::new(node::IMAGES), Path::new(bootstrap), &config)?.fetch_all(1024)
     }
 
     /// Pulls an image, and unpacks it if it is an ordinary one.
@@ -97,6 +128,9 @@ impl Node {
     ) -> Command {
         let mut ctr = self.containerd.ctr();
         ctr.args(["run", "--snapshotter", way.snapshotter, "--runtime", way.runtime]).args(options);
+        if way.dax {
+            ctr.arg("--runtime-config-path").arg(self.dax_config());
+        }
         ctr.args([&way.name(image), id]).args(command);
         ctr
     }
@@ -143,7 +177,7 @@ impl Node {
         let mut remove = self.containerd.ctr();
         // Returns when what it referred to is collected as well.
         run(remove.args(["images", "rm", "--sync", &way.name(image)]))?.ok()?;
-        if way == NYDUS {
+        if way.is_nydus() {
             self.empty_cache()?;
         }
         Ok(())
@@ -167,7 +201,7 @@ impl Node {
 
     /// Where the files of images are on this machine: as cache files, or unpacked.
     pub fn files(&self, way: Way) -> PathBuf {
-        if way == NYDUS {
+        if way.is_nydus() {
             self.disk.path().join("cache")
         } else {
             self.containerd.folder().join("root/io.containerd.snapshotter.v1.overlayfs/snapshots")
