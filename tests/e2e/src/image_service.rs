@@ -95,10 +95,13 @@ impl Image {
         Ok((NewDevice::Disk(disk), fds))
     }
 
-    /// Makes all of it ready.
+    /// Makes all of it ready. Behind a blob's end there are zeros then, as in a cache file of the node's service.
     pub fn fill_all(&self) -> Result<()> {
-        for (blob, (bytes, _)) in (0..).zip(&self.blobs) {
-            let blocks = u32::try_from((bytes.len() as u64).div_ceil(BLOCK))?;
+        for (blob, (bytes, cache)) in (0..).zip(&self.blobs) {
+            let len = bytes.len() as u64;
+            let blocks = u32::try_from(len.div_ceil(BLOCK))?;
+            cache.set_len(ready_map_offset(len) + ready_map_bytes(len))?;
+            cache.write_all_at(&vec![0; usize::try_from(ready_map_offset(len) - len)?], len)?;
             self.fill(Fetch { tag: 0, blob, blocks, first: 0 })?;
         }
         Ok(())

@@ -200,7 +200,7 @@ impl<D: VirtioDevice> BusDevice for Registers<D> {
 
     fn write(&self, offset: u64, data: &[u8]) {
         lock(&self.transport).write(offset, data);
-        if offset != registers::STATUS {
+        if offset != registers::STATUS && offset != registers::QUEUE_READY {
             return;
         }
         // A reset ends connections, which the owner is waiting to hear of; the owner of a device that came late waits to

@@ -280,6 +280,16 @@ impl<D: VirtioDevice> MmioTransport<D> {
         if offset == reg::QUEUE_READY && value == 0 && !queue.ready {
             return true; // Linux does so after a reset.
         }
+        if offset == reg::QUEUE_READY && value & 1 == 0 && self.status & status::DRIVER_OK != 0 {
+            // 4.2.2: "to stop using the queue". Linux's driver of pmem does so before its reset. What the device would be without
+            // one of its queues nobody says, so it stops whole.
+            queue.ready = false;
+            if self.active {
+                self.device.reset();
+                self.active = false;
+            }
+            return true;
+        }
         // 4.2.2.2: nothing but `QueueReady` may change while the queue is ready.
         if !may || (queue.ready && offset != reg::QUEUE_READY) {
             return false;

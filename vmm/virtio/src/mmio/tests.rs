@@ -156,8 +156,10 @@ fn queues_cannot_be_changed_before_features_ok_while_ready_or_at_work() {
     rig.set_up_queues();
     rig.set(reg::STATUS, 15);
     rig.set(reg::QUEUE_SEL, 0);
-    rig.set(reg::QUEUE_READY, 0);
-    assert_eq!(rig.get(reg::QUEUE_READY), 1);
+    rig.set(reg::QUEUE_READY, 1);
+    rig.set(reg::QUEUE_SIZE, 4);
+    assert_eq!((rig.transport.queues[0].size, rig.get(reg::QUEUE_READY)), (16, 1));
+    assert!(rig.transport.is_active());
 
     // There is no such queue.
     rig.set(reg::QUEUE_SEL, 2);
@@ -167,6 +169,34 @@ fn queues_cannot_be_changed_before_features_ok_while_ready_or_at_work() {
     let before = rig.counter("bad_accesses");
     rig.set(reg::QUEUE_SIZE, 8);
     assert_eq!(rig.counter("bad_accesses"), before + 1);
+}
+
+/// As Linux's `vm_del_vq` does it, for whichever driver does not reset the device first.
+#[test]
+fn a_driver_stops_a_queue_and_with_it_the_device_until_a_reset() {
+    let mut rig = Rig::new();
+    rig.bring_to(15, VERSION_1);
+    rig.echo(0, b"at work");
+    let used = rig.guest.queues[0].used_idx();
+    for index in [1, 0] {
+        rig.set(reg::QUEUE_SEL, index);
+        rig.set(reg::QUEUE_READY, 0);
+        assert_eq!((rig.get(reg::QUEUE_READY), rig.get(reg::STATUS)), (0, OK));
+        assert!(!rig.transport.is_active());
+    }
+    // Its rings may be other memory by now.
+    rig.guest.send(0, &[Buffer::Out(b"nobody".to_vec()), Buffer::In(6)]);
+    rig.transport.on_queue(0);
+    rig.set(reg::QUEUE_READY, 1);
+    assert_eq!((rig.get(reg::QUEUE_READY), rig.guest.queues[0].used_idx()), (0, used));
+    rig.transport.pause();
+    let saved = rig.transport.save().unwrap();
+    assert!(!saved.active && saved.status == OK);
+    rig.transport.resume();
+    rig.set(reg::STATUS, 0);
+    rig.guest.restart(&rig.transport.device().queue_sizes());
+    rig.bring_to(15, VERSION_1);
+    rig.echo(0, b"again");
 }
 
 #[test]
