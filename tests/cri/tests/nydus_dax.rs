@@ -101,7 +101,7 @@ fn a_pod_whose_image_is_all_there_has_it_as_memory_and_another_as_a_disk() -> Re
         // What is written goes where it always goes.
         let script = "echo new > /data/00 && cat /data/00 && echo more > /data/new && cat /data/new";
         let told = it.cri().exec(&in_memory, &["sh", "-c", script], 60)?.ok()?;
-        ensure!(told == "new\nmore\n", "{told:?}");
+        ensure!(told == "new\nmore", "{told:?}");
         // Another container of the pod, and one that has not asked.
         let beside = idle(&second, &name)?;
         let third = small_pod(it.cri())?;
