@@ -5,8 +5,8 @@
 //!    └────── standard error, as runc has it
 //! ```
 //!
-//! By then the container library has no channel to anybody; for an exec it has one. What comes through the pipe is a guest's, as processes of the
-//! container may get at the process before its program is in it: it is cut, and nobody waits for it without an end.
+//! By then the container library has no channel to anybody; for an exec it has one. What comes through the pipe is a guest's, as
+//! processes of the container may get at the process before its program is in it: it is cut, and no request waits for it for ever.
 
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};

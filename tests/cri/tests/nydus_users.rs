@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use cri::pod::{own_users, security};
 use cri::{Daemon, Pod};
 use e2e::oci::{self, Layout};
-use e2e::{Census, SmallFs, node, run};
+use e2e::{Census, SmallFs, containerd, node, run};
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Int64Value};
 use serde_json::json;
 
@@ -170,7 +170,7 @@ fn story(handlers: &[&str]) -> Result<()> {
     pod.end()?;
     let map = format!("0:{FIRST}:65536");
     let mut ctr = daemon.containerd.ctr();
-    ctr.args(["run", "--rm", "--snapshotter", "ctvm", "--runtime", e2e::containerd::RUNTIME]);
+    ctr.args(["run", "--rm", "--snapshotter", "ctvm", "--runtime", containerd::RUNTIME]);
     ctr.args(["--remap-labels", "--uidmap", &map, "--gidmap", &map, NAME, "by-hand", "sh", "-c"]);
     let by_hand = run(ctr.arg("touch /new; stat -c %u:%g /new /data/webs"))?.ok()?;
     ensure!(by_hand == "0:0\n33:33", "{by_hand}");
@@ -219,5 +219,7 @@ fn owners_that_nobody_shifts_are_refused_in_words() -> Result<()> {
     pod.end()?;
     drop((daemon, registry));
     service.stop()?;
-    snapshotter.stop()
+    snapshotter.stop()?;
+    // Its daemon outlives it by design.
+    containerd::pids_of("ctvm-nydusd")?.into_iter().try_for_each(containerd::kill_9)
 }
