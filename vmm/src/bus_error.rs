@@ -23,3 +23,39 @@ extern "C" fn on_bus_error(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc
 pub fn report() -> io::Result<()> {
     register_signal_handler(libc::SIGBUS, on_bus_error).map_err(Into::into)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const CHILD: &str = "CTVM_TEST_BUS_ERROR";
+
+    /// What the process of the test below does; nothing in any other.
+    #[test]
+    fn touches_a_page_that_is_gone() {
+        if std::env::var_os(CHILD).is_none() {
+            return;
+        }
+        report().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (prot, fd) = (libc::PROT_READ, std::os::fd::AsRawFd::as_raw_fd(&file));
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, libc::MAP_PRIVATE, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        file.set_len(0).unwrap();
+        // SAFETY: inside the mapping; that there is no page is what is tested.
+        unsafe { at.cast::<u8>().read_volatile() };
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_had_ends_the_process_with_a_status_and_a_line() {
+        let own = "bus_error::tests::touches_a_page_that_is_gone";
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let ended = child.args(["--exact", own, "--nocapture"]).env(CHILD, "1").output().unwrap();
+        assert_eq!(ended.status.code(), Some(vmm_api::exit::NO_PAGE.into()), "{ended:?}");
+        assert!(ended.stderr.ends_with(LINE), "{ended:?}");
+    }
+}
