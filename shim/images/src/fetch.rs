@@ -257,6 +257,9 @@ impl OpenBlob {
             if apart && matches!(end, Err(Failure::Bad(_) | Failure::NoSpace)) {
                 let chunk = &self.table.chunks[at];
                 let (start, stop) = (chunk.stored_offset, chunk.stored_offset + u64::from(chunk.stored_size));
+                if matches!(end, Err(Failure::Bad(_))) {
+                    self.warn_of_wrong_bytes(start);
+                }
                 let alone = Run { chunks: vec![at], start, end: stop };
                 let second = Attempt { again: true, ..Attempt::default() };
                 end = self.bring(&alone, why, None, second).await.pop().unwrap_or(end);
@@ -315,8 +318,7 @@ impl OpenBlob {
                 None
             };
             if let Some(next) = next {
-                let (blob, offset) = (&self.table.id, run.start);
-                log::warn!("blob {blob} at {offset} from {}: wrong bytes; asking again", self.source.name);
+                self.warn_of_wrong_bytes(run.start);
                 return Box::pin(self.bring(run, why, index, next)).await;
             }
         }
@@ -325,6 +327,10 @@ impl OpenBlob {
             return Box::pin(self.bring(run, why, index, Attempt { made_room: true, ..attempt })).await;
         }
         landed
+    }
+
+    fn warn_of_wrong_bytes(&self, offset: u64) {
+        log::warn!("blob {} at {offset} from {}: wrong bytes; asking again", self.table.id, self.source.name);
     }
 
     /// Decompresses, verifies and writes the chunks out of the bytes at `start` of the stored blob. Blocks.

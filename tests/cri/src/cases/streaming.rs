@@ -95,9 +95,10 @@ fn attach(on: &Ground) -> Result<()> {
     channels.read_until(STDOUT, "got one\n")?;
     channels.send(STDIN, b"two\n")?;
     channels.read_until(STDERR, "err two\n")?;
+    channels.read_until(STDOUT, "got two\n")?;
     channels.close()?;
-    let (out, _) = pod.log(&config)?;
-    ensure!(out == "got one\ngot two\n", "the log has {out:?}");
+    // Who attached and the log are told side by side.
+    wait_until("both lines in the log", || Ok(pod.log(&config)?.0 == "got one\ngot two\n"))?;
     pod.end()
 }
 
