@@ -4,6 +4,7 @@
 //! `seeds/TARGET/`. It must leave nothing behind from one run to the next, else a crash cannot be repeated.
 
 use virtio::GuestMemory;
+use virtio::memory::is_writable;
 use virtio::testing::{Descriptor, Guest, MEMORY_END, write_descriptor};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -108,9 +109,11 @@ pub fn disturb(guest: &mut Guest, queue: usize, input: &mut Input<'_>) {
     }
 }
 
-/// Writes to guest memory, as far as there is any.
+/// Writes to guest memory, as far as there is any. What a guest writes to memory that is not to be written never gets there.
 pub fn fill(memory: &GuestMemory, address: u64, bytes: &[u8]) {
-    let _ = memory.write(bytes, GuestAddress(address));
+    if is_writable(memory, address, bytes.len() as u64) {
+        let _ = memory.write(bytes, GuestAddress(address));
+    }
 }
 
 fn write_descriptor_if_inside(memory: &GuestMemory, address: u64, descriptor: Descriptor) {
