@@ -373,6 +373,15 @@ fn free_huge_pages() -> String {
         .map_or_else(|_| "no such pool".to_owned(), |s| s.trim().to_owned())
 }
 
+/// What a system call answered that says 0 or -1.
+fn checked(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("x86-64 addresses fit usize")
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;

@@ -91,6 +91,12 @@ fn finish(mut child: Child, command: &Command, limit: Duration) -> Result<Finish
     Ok(Finished { code, stdout, stderr })
 }
 
+/// Their MD5 sum, as md5sum prints it.
+pub fn md5(bytes: Vec<u8>) -> Result<String> {
+    let sum = run_with_input(&mut Command::new("md5sum"), bytes)?.ok()?;
+    Ok(sum.split(' ').next().unwrap_or_default().to_owned())
+}
+
 /// Asks `condition` until it is true; an error naming `what` after [`LIMIT`].
 pub fn wait_until(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
     wait_at_most(LIMIT, what, condition)

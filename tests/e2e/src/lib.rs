@@ -23,7 +23,7 @@ pub mod vm;
 pub mod wire;
 
 pub use census::Census;
-pub use command::{Finished, run, run_with_input};
+pub use command::{Finished, md5, run, run_with_input};
 pub use containerd::{Containerd, Setup};
 pub use link::Link;
 pub use loop_device::LoopDevice;

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
 use e2e::vm::{Guest, GuestSpec, ScriptOutput};
-use e2e::{Tap, run, run_with_input};
+use e2e::{Tap, md5, run};
 use vmm_api::{ClientError, ExitReason, MemoryConfig, Op, Stats};
 
 const MIB: usize = 1 << 20;
@@ -91,11 +91,6 @@ fn give(listener: TcpListener, bytes: Vec<u8>) -> JoinHandle<Result<()>> {
 
 fn join<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
     thread.join().expect("the thread does not panic")
-}
-
-fn md5(bytes: Vec<u8>) -> Result<String> {
-    let sum = run_with_input(&mut Command::new("md5sum"), bytes)?.ok()?;
-    Ok(sum.split(' ').next().unwrap_or_default().to_owned())
 }
 
 /// Bytes in which nothing repeats.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::image_service::Image;
 use e2e::vm::{Guest, GuestSpec, SHELL, scratch_file};
-use e2e::{oci, run, run_with_input};
+use e2e::{md5, oci, run};
 use vmm_api::{Attached, ClientError, DeviceName, ExitReason, MemoryRange, Op, Reply};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -84,15 +84,6 @@ fn node(guest: &mut Guest, attached: &Attached) -> Result<(String, MemoryRange)>
 
 fn counters(guest: &mut Guest) -> Result<std::collections::BTreeMap<String, u64>> {
     guest.stats()?.devices.remove("pmem0").context("counters of the image")
-}
-
-fn md5(bytes: Vec<u8>) -> Result<String> {
-    Ok(run_with_input(&mut Command::new("md5sum"), bytes)?
-        .ok()?
-        .split(' ')
-        .next()
-        .context("a sum")?
-        .to_owned())
 }
 
 /// The sum of all that the image has, as the guest reads it past what it remembers.

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use virtio::memory::{BLOCK, Blocks};
 use virtio::rate::GUEST_ERRORS;
 
-use super::{MemoryError, RamRange, map_aligned};
+use super::{MemoryError, RamRange, checked, map_aligned, to_usize};
 use crate::arch::x86_64::layout::FilesRange;
 use crate::bus::BusDevice;
 
@@ -222,8 +222,7 @@ impl FileWindow {
     fn keep_from_dumps(&self, offset: u64, len: u64) -> io::Result<()> {
         let at = self.host.as_ptr().wrapping_add(to_usize(offset));
         // SAFETY: a part of our own reservation. The advice changes no page.
-        let advised = unsafe { libc::madvise(at.cast(), to_usize(len), libc::MADV_DONTDUMP) };
-        if advised == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        checked(unsafe { libc::madvise(at.cast(), to_usize(len), libc::MADV_DONTDUMP) })
     }
 
     fn places(&self) -> MutexGuard<'_, Vec<Place>> {
@@ -290,10 +289,6 @@ impl Drop for Shown {
             self.window.clear(&self.blocks);
         }
     }
-}
-
-fn to_usize(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("x86-64 addresses fit usize")
 }
 
 #[cfg(test)]

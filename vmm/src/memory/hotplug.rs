@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use virtio::memory::{BLOCK, Blocks};
 
-use super::{MemoryError, map_aligned};
+use super::{MemoryError, checked, map_aligned, to_usize};
 use crate::arch::x86_64::layout::HotplugRange;
 
 /// Most runs of blocks that a guest may cut the region into. Each takes two of the host's memory mappings, of which a
@@ -164,16 +164,8 @@ fn bounded(fragments: u64) -> io::Result<()> {
     Err(io::Error::other(format!("more than {MAX_FRAGMENTS} runs of blocks would be plugged")))
 }
 
-fn checked(result: libc::c_int) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 fn bytes_of(blocks: &Range<u64>) -> (usize, usize) {
     (to_usize(blocks.start * BLOCK), to_usize((blocks.end - blocks.start) * BLOCK))
-}
-
-fn to_usize(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("x86-64 addresses fit usize")
 }
 
 #[cfg(test)]
