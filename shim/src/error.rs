@@ -289,7 +289,7 @@ mod tests {
             path: "/usr/share/ctvm/vmlinux".into(),
             source: std::io::ErrorKind::NotFound.into(),
         };
-        let error = BootError { stage: Stage::Files, last_words: String::new(), cause };
+        let error = BootError::early(Stage::Files, cause);
         let error = TaskError::from(Arc::new(error));
         assert_eq!(error.code(), Code::FAILED_PRECONDITION);
         assert_eq!(

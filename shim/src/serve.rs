@@ -115,6 +115,9 @@ async fn serve(
         // Maps that cannot be are `Create`'s to refuse.
         let extras = Extras { users: overview.users().unwrap_or_default(), ..Extras::default() };
         sandbox.have_users(extras.users.as_ref());
+        if overview.network_comes_late() {
+            sandbox.await_network();
+        }
         tokio::spawn(async move { booting.boot(&overview, extras, config, &mut slot).await });
     } else {
         sandbox.await_pod(slot);

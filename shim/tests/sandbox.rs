@@ -5,6 +5,7 @@ mod daemon;
 mod fake;
 mod forward;
 mod hooks;
+mod late;
 mod operator;
 mod pod;
 mod resize;

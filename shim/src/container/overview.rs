@@ -169,6 +169,14 @@ impl Overview {
         namespaces.find(|namespace| namespace.kind == "network").map(|namespace| namespace.path.as_path())
     }
 
+    /// Whether it is a pod whose network is made once its task has a process number, in that process's namespace: with
+    /// users of its own, up to containerd 1.7.
+    pub fn network_comes_late(&self) -> bool {
+        let has_users = self.linux.namespaces.iter().any(|namespace| namespace.kind == "user");
+        let is_new = self.network().is_some_and(|path| path.as_os_str().is_empty());
+        self.role() == Role::Pod && has_users && is_new
+    }
+
     /// The users and groups that it has to itself, if it is to have some.
     ///
     /// # Errors
@@ -227,5 +235,19 @@ mod tests {
         );
         assert_eq!((crio.group(), crio.role()), (Some("p"), Role::Pod));
         assert_eq!((parse("{}").group(), parse("{}").role()), (None, Role::Single));
+    }
+
+    #[test]
+    fn the_network_of_a_pod_with_users_may_come_late() {
+        let late = |kind: &str, namespaces: &str| {
+            let annotation = format!(r#"{{"io.kubernetes.cri.container-type":"{kind}"}}"#);
+            let text = format!(r#"{{"annotations":{annotation},"linux":{{"namespaces":[{namespaces}]}}}}"#);
+            Overview::parse(text.as_bytes()).unwrap().network_comes_late()
+        };
+        let (user, new) = (r#"{"type":"user"}"#, r#"{"type":"network"}"#);
+        assert!(late("sandbox", &format!("{user},{new}")));
+        assert!(!late("container", &format!("{user},{new}")));
+        assert!(!late("sandbox", new) && !late("sandbox", user));
+        assert!(!late("sandbox", &format!(r#"{user},{{"type":"network","path":"/run/netns/x"}}"#)));
     }
 }

@@ -83,11 +83,6 @@ pub enum SpecError {
         /// What there is.
         pod: &'static str,
     },
-    /// A pod with users of its own that has no network yet.
-    #[error(
-        "config.json: a pod with a user namespace has to bring the network namespace that belongs to it, as containerd does since 2.1; until then it expects the runtime to make that, which a VM that has booted without a network cannot"
-    )]
-    UsersNetwork,
     /// An id-mapped mount without a map, or with one that cannot be.
     #[error("config.json: the id-mapped mount at {destination:?} {why}")]
     IdMapped {

@@ -1,4 +1,5 @@
-//! From nothing to a guest whose agent answers: spawn the VMM, configure, boot, wait for the agent, set the guest up.
+//! From a VMM without a VM ([`monitor`](super::monitor)) to a guest whose agent answers: configure, boot, wait for the
+//! agent, set the guest up.
 //!
 //! Each stage has a deadline; a failure says which stage, why, and what the guest's console said last. When it fails,
 //! what was started is stopped before the error is returned.
@@ -6,7 +7,7 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,13 +28,13 @@ use crate::sandbox::console::Console;
 use crate::sandbox::disks::{Disk, DiskError, Disks};
 use crate::sandbox::guest_log;
 use crate::sandbox::images::Images;
+use crate::sandbox::monitor::Monitor;
 use crate::sandbox::net::{Device, NetError, Network};
 use crate::sandbox::pod::Extras;
 use crate::sandbox::resize::{self, Change};
 use crate::sandbox::streams::Streams;
 use crate::sandbox::timeline::Timeline;
-use crate::sandbox::vmm_log;
-use crate::vmm::{self, ControlSlot, Events, Vmm, VmmError};
+use crate::vmm::{Events, Vmm, VmmError};
 
 /// Kernel command line of every sandbox: the console for last words, the image as root, and an end to the machine
 /// when the kernel panics.
@@ -135,7 +136,7 @@ pub struct BootError {
     pub last_words: String,
     /// Why.
     #[source]
-    pub cause: BootCause,
+    pub cause: Box<BootCause>,
 }
 
 fn said(last_words: &str) -> String {
@@ -145,7 +146,7 @@ fn said(last_words: &str) -> String {
 impl BootError {
     /// One from before there was a VM.
     pub fn early(stage: Stage, cause: impl Into<BootCause>) -> Self {
-        BootError { stage, last_words: String::new(), cause: cause.into() }
+        BootError { stage, last_words: String::new(), cause: Box::new(cause.into()) }
     }
 }
 
@@ -189,39 +190,18 @@ pub enum BootCause {
     },
 }
 
-/// Boots a VM. `spawned` is told the VMM's process before anything else is done with it.
+/// Boots a VM in a VMM that was started for it.
 ///
 /// # Errors
 /// See [`BootError`]; no VMM is left running then.
 pub async fn boot(
+    monitor: Monitor,
     plan: &Plan,
     hardware: Hardware,
-    slot: &mut ControlSlot,
     timeline: &Timeline,
     lost_images: mpsc::UnboundedSender<String>,
-    spawned: impl FnOnce(u32),
 ) -> Result<Vm, BootError> {
-    let console = Console::open();
-    let at = |stage, console: Option<&Console>| {
-        let last_words = console.map(Console::last_words).unwrap_or_default();
-        move |cause: BootCause| BootError { stage, last_words, cause }
-    };
-    let (console, console_fd) = console
-        .map_err(|source| at(Stage::Files, None)(BootCause::Os { what: "a pipe for the console", source }))?;
-    let kernel = open("kernel", &plan.config.kernel).map_err(at(Stage::Files, None))?;
-    let image = open("image", &plan.config.image).map_err(at(Stage::Files, None))?;
-
-    let binary =
-        vmm::find_binary(plan.config.vmm.as_deref()).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
-    let log = vmm_log::open().map_err(|source| {
-        at(Stage::Spawn, None)(BootCause::Os { what: "a pipe for the VMM's log", source })
-    })?;
-    let (child, socket) = vmm::spawn(&binary, slot, log).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
-    timeline.reached("vmm exec");
-    spawned(child.id());
-    let (vmm, events) = Vmm::adopt(child, socket).map_err(|e| at(Stage::Spawn, None)(e.into()))?;
-
-    // From here on there is a process to stop when something fails.
+    let Monitor { vmm, events, console, console_fd, kernel, image } = monitor;
     let streams = Streams::new();
     let mut fds = vec![kernel.as_fd(), image.as_fd(), console_fd.as_fd()];
     let Hardware { network, disks } = &hardware;
@@ -238,7 +218,7 @@ pub async fn boot(
         Err((stage, cause)) => {
             let exit = vmm.stop(plan.config.timeouts.shutdown()).await;
             log::error!("boot failed while {stage}: the VMM {exit}");
-            Err(at(stage, Some(&console))(cause))
+            Err(BootError { stage, last_words: console.last_words(), cause: Box::new(cause) })
         }
     }
 }
@@ -439,14 +419,6 @@ fn setup_request(plan: &Plan, network: &[NetworkStep]) -> std::io::Result<SetupR
     Ok(request)
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, BootCause> {
-    let file = File::open(path).and_then(|file| match file.metadata()?.is_dir() {
-        true => Err(std::io::ErrorKind::IsADirectory.into()),
-        false => Ok(file),
-    });
-    file.map_err(|source| BootCause::File { what, path: path.to_owned(), source })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -494,14 +466,11 @@ mod tests {
         let error = BootError {
             stage: Stage::Agent,
             last_words: "Kernel panic".into(),
-            cause: BootCause::Deadline(std::time::Duration::from_secs(3)),
+            cause: Box::new(BootCause::Deadline(std::time::Duration::from_secs(3))),
         };
         assert_eq!(
             error.to_string(),
             "boot failed while waiting for the guest's agent (guest's console: \"Kernel panic\")"
         );
-        let error = open("kernel", Path::new("/nonexistent/vmlinux")).unwrap_err();
-        assert_eq!(error.to_string(), "kernel /nonexistent/vmlinux");
-        assert!(open("image", Path::new("/tmp")).is_err());
     }
 }

@@ -22,7 +22,7 @@ use crate::container::io::{Copying, Fifos, Stdio, Streams};
 use crate::container::logger::Owner;
 use crate::container::overview::{Overview, Role};
 use crate::container::rootfs::{HugePages, RootfsError};
-use crate::container::spec::Place;
+use crate::container::spec::{GuestSpec, Place};
 use crate::container::{Container, Phase, Process, rootfs, spec};
 use crate::error::TaskError;
 use crate::events::Event;
@@ -73,7 +73,10 @@ impl Sandbox {
         if let Some(existing) = existing {
             return self.create_again(&existing, &request).await;
         }
-        let made = self.make(&container, &request).await;
+        let made = match self.late_for(&request.id) {
+            Some(late) => self.hold(late, &container, &request).await,
+            None => self.make(&container, &request).await,
+        };
         if let Err(e) = made {
             self.forget_fifos(&stdio_of_create(&request));
             log::error!(container:% = request.id; "creating it: {}", e.chain());
@@ -100,7 +103,7 @@ impl Sandbox {
         if same { Ok(existing.pid()) } else { Err(TaskError::Exists(request.id.clone())) }
     }
 
-    async fn make(
+    pub(super) async fn make(
         self: &Arc<Self>,
         container: &Arc<Container>,
         request: &CreateTaskRequest,
@@ -111,14 +114,7 @@ impl Sandbox {
         let stdio = stdio_of_create(request);
         let fifos = Fifos::open(&stdio, Owner { namespace: &self.namespace, id }, &self.streaming).await?;
         self.note_fifos(&stdio);
-        let config_path = bundle.join("config.json");
-        let config = std::fs::read(&config_path)
-            .map_err(|source| TaskError::Bundle { path: config_path.display().to_string(), source })?;
-        let config = spec::parse(&config)?;
-        let overview = Overview::of(&config)?;
-        let container_of = &|pid| self.container_with_pid(pid);
-        let place = Place { id, share_path: SHARE_PATH, container_of, users: self.users() };
-        let mut guest = spec::for_guest(config, overview.role(), place)?;
+        let (overview, mut guest) = self.read_bundle(id, bundle)?;
         if let Some(size) = guest.shm().map(|shm| rootfs::tmpfs_size(shm).unwrap_or(spec::SHM_SIZE)) {
             guest.set_shm_size(size);
         }
@@ -146,7 +142,9 @@ impl Sandbox {
         if overview.role() != Role::Pod {
             self.make_room(&vm, id, overview.linux.resources.limits().without_cpus()).await?;
         }
-        container.set_pid(self.free_pid(&vm));
+        if container.pid() == 0 {
+            container.set_pid(self.free_pid(&vm));
+        }
         for (index, disk) in guest.disks.clone().iter().enumerate() {
             let number = self.disk(&vm, id, disk).await?;
             guest.set_disk(index, number);
@@ -194,7 +192,15 @@ impl Sandbox {
             let _ = self.run_hooks(container, Moment::Deleted).await;
             return Err(e.into());
         }
-        let process = Process::new("", stdio, named.copying(fifos, request.terminal).await?);
+        let copying = named.copying(fifos, request.terminal).await?;
+        let process = match container.process("") {
+            // Somebody may wait for its end already.
+            Some(held) => {
+                *held.copying.lock().await = copying;
+                held
+            }
+            None => Process::new("", stdio, copying),
+        };
         container.set_init(process.clone());
         self.operator.counters.made(container.name());
         self.reached(id, "container created");
@@ -214,6 +220,19 @@ impl Sandbox {
         self.events.publish(&Event::Create(event));
         self.watch_process(vm, container.clone(), process);
         Ok(())
+    }
+
+    /// The container's configuration, as it is and for the guest.
+    pub(super) fn read_bundle(&self, id: &str, bundle: &Path) -> Result<(Overview, GuestSpec), TaskError> {
+        let path = bundle.join("config.json");
+        let config = std::fs::read(&path)
+            .map_err(|source| TaskError::Bundle { path: path.display().to_string(), source })?;
+        let config = spec::parse(&config)?;
+        let overview = Overview::of(&config)?;
+        let container_of = &|pid| self.container_with_pid(pid);
+        let place = Place { id, share_path: SHARE_PATH, container_of, users: self.users() };
+        let guest = spec::for_guest(config, overview.role(), place)?;
+        Ok((overview, guest))
     }
 
     /// Runs what the container wants run at this moment.
@@ -423,7 +442,7 @@ async fn dialled(
     }
 }
 
-fn stdio_of_create(request: &CreateTaskRequest) -> Stdio {
+pub(super) fn stdio_of_create(request: &CreateTaskRequest) -> Stdio {
     Stdio {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),

@@ -26,7 +26,7 @@ const VMM_TIMEOUT: Duration = Duration::from_secs(3);
 /// The signal that nobody can ignore.
 const SIGKILL: u32 = 9;
 /// Exit code of a process that was killed by SIGKILL.
-const KILLED: u32 = 128 + SIGKILL;
+pub(super) const KILLED: u32 = 128 + SIGKILL;
 /// Exit code of a process of which nobody knows how it ended: containerd's own.
 const UNKNOWN: u32 = 255;
 
@@ -37,6 +37,9 @@ impl Sandbox {
     /// [`TaskError::Phase`] when it is not just made, and whatever the agent says.
     pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
         let (container, process) = self.process(id, exec_id)?;
+        if exec_id.is_empty() {
+            self.make_late(&container).await?;
+        }
         let _turn = process.turn.lock().await;
         match process.phase() {
             Phase::Created => {}
@@ -136,14 +139,19 @@ impl Sandbox {
                 false => ExitKind::of(exit.status, exit.status == KILLED && container.ends_by_oom()),
             };
             self.operator.counters.exited(!is_init, kind);
-            let mut event = TaskExit::new();
-            event.container_id.clone_from(&container.id);
-            event.id = if is_init { container.id.clone() } else { process.exec_id.clone() };
-            event.pid = container.pid();
-            event.exit_status = exit.status;
-            event.exited_at = MessageField::some(exit.at);
-            self.events.publish(&Event::Exit(event));
+            self.tell_exit(container, process, exit);
         }
+    }
+
+    /// Tells containerd how a process ended.
+    pub(super) fn tell_exit(&self, container: &Container, process: &Process, exit: Exit) {
+        let mut event = TaskExit::new();
+        event.container_id.clone_from(&container.id);
+        event.id = if process.exec_id.is_empty() { &container.id } else { &process.exec_id }.clone();
+        event.pid = container.pid();
+        event.exit_status = exit.status;
+        event.exited_at = MessageField::some(exit.at);
+        self.events.publish(&Event::Exit(event));
     }
 
     /// Sends a signal. SIGKILL is carried out even by a guest that hangs: with its VM.
@@ -151,7 +159,10 @@ impl Sandbox {
     /// # Errors
     /// [`TaskError::Finished`] when there is nobody to get it.
     pub async fn kill(&self, request: KillRequest) -> Result<(), TaskError> {
-        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        let (container, process) = self.process(&request.id, &request.exec_id)?;
+        if request.exec_id.is_empty() && self.give_up(&container) {
+            return Ok(());
+        }
         if matches!(process.phase(), Phase::Stopped(_)) && !request.all {
             return Err(TaskError::Finished);
         }
@@ -218,6 +229,7 @@ impl Sandbox {
         if process.phase() == Phase::Running {
             return Err(TaskError::Phase { what: "delete", phase: "running" });
         }
+        self.give_up(&container);
         self.delete_in_guest(id, "").await?;
         if process.phase() == Phase::Created {
             // Its watcher hears of the end from the agent, too.

@@ -21,6 +21,8 @@ use crate::error::TaskError;
 use crate::events::Publisher;
 use crate::sandbox::boot::{BootError, Hardware, Plan, Stage, Vm};
 use crate::sandbox::disks::Disk;
+use crate::sandbox::late::Late;
+use crate::sandbox::monitor::{Monitor, Place};
 use crate::sandbox::net::{Joined, NetError, Network};
 use crate::sandbox::operator::Operator;
 use crate::sandbox::pod::Extras;
@@ -41,7 +43,9 @@ pub mod disks;
 pub mod forward;
 pub mod guest_log;
 pub mod images;
+pub mod late;
 pub mod lifecycle;
+pub mod monitor;
 pub mod net;
 pub mod oom;
 pub mod operator;
@@ -85,6 +89,8 @@ pub struct Sandbox {
     pod: Mutex<Option<PodLife>>,
     /// The containers' users, if they are not the guest's.
     users: OnceLock<IdMaps>,
+    /// What waits for the pod's network, if that comes late.
+    late: OnceLock<Late>,
 }
 
 /// How far the end of the sandbox is.
@@ -142,12 +148,18 @@ impl Sandbox {
             home_groups: tokio::sync::Mutex::default(),
             pod: Mutex::default(),
             users: OnceLock::new(),
+            late: OnceLock::new(),
         }))
     }
 
     /// Has the Sandbox API make the pod; its VMM is spawned with `slot`.
     pub fn await_pod(&self, slot: ControlSlot) {
         *self.pod.lock().expect("no code panics while it holds this lock") = Some(PodLife::awaited(slot));
+    }
+
+    /// Notes that the pod's network comes late, before anybody asks for the pod.
+    pub fn await_network(&self) {
+        self.late.get_or_init(Late::default);
     }
 
     /// Notes that the containers have users of their own, before there is one of them. To be called once.
@@ -180,15 +192,57 @@ impl Sandbox {
             hostname: hostname.chars().take(63).collect(),
         };
         self.resizer.boots_with(&plan.config).await;
-        let network = match self.connect(overview, plan.config.sizing().first().vcpus).await {
-            Ok(network) => network,
-            Err(cause) => return self.boot_failed(BootError::early(Stage::Network, cause)),
-        };
+        if let Err(e) = self.try_boot(overview, &plan, slot).await {
+            log::error!("{}", crate::error::chain(&e));
+            self.vm.send_replace(Progress::Failed(Arc::new(e)));
+        }
+    }
+
+    async fn try_boot(
+        self: &Arc<Self>,
+        overview: &Overview,
+        plan: &Plan,
+        slot: &mut ControlSlot,
+    ) -> Result<(), BootError> {
         // A configuration that asks for what cannot be had is refused by `Create`, with the reason.
-        let disks = match Disk::open_all(&overview.disks().unwrap_or_default()) {
-            Ok(disks) => disks,
-            Err(cause) => return self.boot_failed(BootError::early(Stage::Disks, cause)),
+        let disks = Disk::open_all(&overview.disks().unwrap_or_default())
+            .map_err(|cause| BootError::early(Stage::Disks, cause))?;
+        let late = self.late.get();
+        let monitor = self.spawn_monitor(overview, plan, slot, late)?;
+        let connected = self.connect(overview, late, &monitor, plan.config.sizing().first().vcpus).await;
+        let (namespace, network) = match connected {
+            Ok(connected) => connected,
+            Err(cause) => {
+                monitor.vmm.stop(plan.config.timeouts.shutdown()).await;
+                return Err(BootError::early(Stage::Network, cause));
+            }
         };
+        let (lost, lost_images) = mpsc::unbounded_channel();
+        let vm = boot::boot(monitor, plan, Hardware { network, disks }, &self.timeline, lost).await?;
+        self.grown(&vm);
+        let vm = Arc::new(vm);
+        self.vm.send_replace(Progress::Up(vm.clone()));
+        tokio::spawn(self.clone().watch_vm(vm.clone()));
+        tokio::spawn(self.clone().reopen_images(vm.clone(), lost_images));
+        let groups = self.state.lock().expect("no code panics while it holds this lock").cgroups.clone();
+        if !groups.is_empty() {
+            tokio::spawn(self.clone().move_shim(groups));
+        }
+        // A namespace without a name is nobody's to enter.
+        if !namespace.as_os_str().is_empty() {
+            tokio::spawn(forward::serve(vm, namespace));
+        }
+        Ok(())
+    }
+
+    /// Starts the VMM, in the pod's control groups.
+    fn spawn_monitor(
+        &self,
+        overview: &Overview,
+        plan: &Plan,
+        slot: &mut ControlSlot,
+        late: Option<&Late>,
+    ) -> Result<Monitor, BootError> {
         let groups = match self.config.host_cgroup {
             true => cgroup::directories(&overview.linux.cgroups_path),
             false => Vec::new(),
@@ -207,24 +261,8 @@ impl Sandbox {
                 log::debug!("oom_score_adj {score} of the VMM: {e}");
             }
         };
-        let (lost, lost_images) = mpsc::unbounded_channel();
-        match boot::boot(&plan, Hardware { network, disks }, slot, &self.timeline, lost, spawned).await {
-            Ok(vm) => {
-                self.grown(&vm);
-                let vm = Arc::new(vm);
-                self.vm.send_replace(Progress::Up(vm.clone()));
-                tokio::spawn(self.clone().watch_vm(vm.clone()));
-                tokio::spawn(self.clone().reopen_images(vm.clone(), lost_images));
-                if !groups.is_empty() {
-                    tokio::spawn(self.clone().move_shim(groups));
-                }
-                // A namespace without a name is nobody's to enter.
-                if let Some(namespace) = overview.network().filter(|path| !path.as_os_str().is_empty()) {
-                    tokio::spawn(forward::serve(vm, namespace.to_owned()));
-                }
-            }
-            Err(e) => self.boot_failed(e),
-        }
+        let place = if late.is_some() { Place::Own } else { Place::Ours };
+        Monitor::spawn(&plan.config, slot, place, &self.timeline, spawned)
     }
 
     /// Has the pod pay for its shim as well. A move can take milliseconds, so nobody waits for it.
@@ -238,23 +276,33 @@ impl Sandbox {
         }
     }
 
-    fn boot_failed(&self, error: BootError) {
-        log::error!("{}", crate::error::chain(&error));
-        self.vm.send_replace(Progress::Failed(Arc::new(error)));
-    }
-
-    /// Connects the pod's interfaces with taps for the VM; what is to be undone is in the state file before it is done.
-    async fn connect(&self, overview: &Overview, vcpus: u8) -> Result<Network, NetError> {
-        let namespace = overview.network().ok_or(NetError::Host)?.to_owned();
+    /// Connects the pod's interfaces with taps for the VM; where the pod's network is, and what it is. What is to be undone
+    /// is in the state file before it is done.
+    async fn connect(
+        &self,
+        overview: &Overview,
+        late: Option<&Late>,
+        monitor: &Monitor,
+        vcpus: u8,
+    ) -> Result<(PathBuf, Network), NetError> {
+        let namespace = match late {
+            Some(late) => late.network(&monitor.vmm).await.ok_or(NetError::Abandoned)?,
+            None => overview.network().ok_or(NetError::Host)?.to_owned(),
+        };
         if namespace.as_os_str().is_empty() {
-            return Ok(Network::default());
+            return Ok((namespace, Network::default()));
         }
         let path = namespace.clone();
         let interfaces = aside(move || net::look(&path)).await?;
-        let names = interfaces.iter().map(|interface| interface.name.clone()).collect();
-        let joined = Joined { namespace: namespace.clone(), interfaces: names };
-        self.change_state(|state| state.network = Some(joined));
-        aside(move || net::join(&namespace, &interfaces, vcpus)).await
+        // What is found by a process number is another's when the process has ended. It ends with the pod's namespace.
+        if late.is_none() {
+            let names = interfaces.iter().map(|interface| interface.name.clone()).collect();
+            let joined = Joined { namespace: namespace.clone(), interfaces: names };
+            self.change_state(|state| state.network = Some(joined));
+        }
+        let path = namespace.clone();
+        let network = aside(move || net::join(&path, &interfaces, vcpus)).await?;
+        Ok((namespace, network))
     }
 
     /// Waits for the VM to be up.
@@ -400,6 +448,9 @@ impl Sandbox {
         if !begins(&self.closing) {
             self.closed().await;
             return true;
+        }
+        if let Some(late) = self.late.get() {
+            late.abandon();
         }
         // A boot on its way is given a moment.
         let vm = tokio::time::timeout(Duration::from_secs(1), self.vm()).await;

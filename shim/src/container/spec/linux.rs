@@ -94,21 +94,14 @@ fn rewrite_namespaces(linux: &mut Map<String, Value>, role: Role, place: Place<'
 fn rewrite_users(linux: &mut Map<String, Value>, role: Role, place: Place<'_>) -> Result<(), SpecError> {
     const NONE: &str = "has no user namespace";
     let maps = users::take(linux);
-    let list = linux.get("namespaces").and_then(Value::as_array).into_iter().flatten();
-    let asked = list.clone().find(|namespace| namespace["type"] == "user");
+    let mut list = linux.get("namespaces").and_then(Value::as_array).into_iter().flatten();
+    let asked = list.find(|namespace| namespace["type"] == "user");
     let Some(namespace) = asked else {
         return match place.users {
             Some(_) => Err(SpecError::OtherUsers { asked: NONE, pod: "has one" }),
             None => Ok(()),
         };
     };
-    // Whose it would be is found by the task's process number: the VMM's, so the host's.
-    let networks = list.clone().filter(|namespace| namespace["type"] == "network");
-    if role == Role::Pod
-        && networks.clone().any(|network| network["path"].as_str().unwrap_or_default().is_empty())
-    {
-        return Err(SpecError::UsersNetwork);
-    }
     // In a pod it is the pod's, whose number on this host says nothing.
     let path = namespace["path"].as_str().unwrap_or_default();
     if role == Role::Single && !path.is_empty() {

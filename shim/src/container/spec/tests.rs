@@ -273,7 +273,7 @@ fn users_are_the_sandboxs_for_all_of_its_containers() {
     let wrong = |c: &mut Value| c["linux"]["uidMappings"][0]["size"] = 0.into();
     assert!(error(Some(&pods), &wrong).contains("range 0:100000:0 of a map has no ids"));
     let early = |c: &mut Value| drop(c["linux"]["namespaces"][4].as_object_mut().unwrap().remove("path"));
-    assert_eq!(result(Role::Pod, Some(&pods), &early).unwrap_err(), SpecError::UsersNetwork);
+    assert!(result(Role::Pod, Some(&pods), &early).is_ok());
     assert!(result(Role::Pod, Some(&pods), &|_| ()).is_ok());
     // One that names a namespace alone has the pod's maps.
     let bare = |c: &mut Value| {

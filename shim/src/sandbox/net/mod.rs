@@ -27,7 +27,7 @@ use agent_api::sandbox::NetworkStep;
 use serde::{Deserialize, Serialize};
 use vmm_api::config::MAX_NET_PAIRS;
 
-pub use namespace::within;
+pub use namespace::{in_new, within};
 pub use scan::Interface;
 
 /// Most interfaces of a pod, the loopback apart (as many as a VM has network devices).
@@ -41,6 +41,9 @@ pub enum NetError {
         "the host's network is asked for, which a VM cannot share: give the pod a network namespace (no hostNetwork, no --net-host)"
     )]
     Host,
+    /// The pod, or its VMM, ended before its network was there.
+    #[error("the pod was given up before it had a network")]
+    Abandoned,
     /// The namespace cannot be entered.
     #[error("network namespace {path}")]
     Namespace {
