@@ -29,7 +29,9 @@ pub fn spin() -> Result<()> {
 /// The same on so many threads, but others have the twentieth part of the time that the kernel keeps for them by default.
 pub fn spin_on(threads: usize) -> Result<()> {
     let spinners = spinners(threads);
-    while SPINNING.load(Ordering::Relaxed) < threads {
+    // When every CPU has one, the rest may wait for ever.
+    let enough = threads.min(std::thread::available_parallelism()?.get());
+    while SPINNING.load(Ordering::Relaxed) < enough {
         if spinners.iter().any(JoinHandle::is_finished) {
             return join(spinners);
         }
