@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::command::wait_until;
+use e2e::command::{wait_at_most, wait_until};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, IdMapping, ImageSpec, LinuxContainerConfig,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
@@ -155,8 +156,14 @@ impl Pod {
 
     /// Runs a container to its end: its exit code, and its log.
     pub fn finish(&self, config: &ContainerConfig) -> Result<Output> {
+        self.finish_within(e2e::command::LIMIT, config)
+    }
+
+    /// The same with a limit of one's own.
+    pub fn finish_within(&self, limit: Duration, config: &ContainerConfig) -> Result<Output> {
         let id = self.start(config)?;
-        let code = self.exit_code(&id)?;
+        wait_at_most(limit, "the container has ended", || self.has_ended(&id))?;
+        let code = self.cri.status(&id)?.exit_code;
         let (stdout, stderr) = self.log(config)?;
         Ok(Output { stdout, stderr, code })
     }
@@ -168,9 +175,12 @@ impl Pod {
 
     /// Waits for a container's end.
     pub fn exit_code(&self, id: &str) -> Result<i32> {
-        let exited = i32::from(ContainerState::ContainerExited);
-        wait_until("the container has ended", || Ok(self.cri.status(id)?.state == exited))?;
+        wait_until("the container has ended", || self.has_ended(id))?;
         Ok(self.cri.status(id)?.exit_code)
+    }
+
+    fn has_ended(&self, id: &str) -> Result<bool> {
+        Ok(self.cri.status(id)?.state == i32::from(ContainerState::ContainerExited))
     }
 
     /// Where a container's log is.

@@ -8,7 +8,7 @@ mod contents {
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use contents::rich;
@@ -19,6 +19,9 @@ use k8s_cri::v1::{Capability, ContainerConfig, ImageSpec};
 use serde_json::json;
 
 const NAME: &str = "127.0.0.1:5000/rich:nydus";
+
+/// How long a guest may take for 100,000 files.
+const LIMIT: Duration = Duration::from_secs(1800);
 
 /// What is listed first, then read; the end is what is done to it, for the copies that an overlay makes of what is changed.
 const LOOK: &str = "exerciser list /content && exerciser reads /content/noise 300 && large --version";
@@ -119,7 +122,7 @@ fn compared(many: usize) -> Result<()> {
     for script in [LOOK, CHANGE] {
         let original = of_original(&daemon, script).context("in the original")?;
         step("listed the original");
-        let ours = pod.finish(&container(&pod, script))?.ok().context("in the guest")?;
+        let ours = pod.finish_within(LIMIT, &container(&pod, script))?.ok().context("in the guest")?;
         step("listed in the guest");
         ensure!(original.lines().count() > many, "{original}");
         let mut differences = differences(&ours, &original, since);

@@ -102,14 +102,20 @@ pub fn wait_until(what: &str, condition: impl FnMut() -> Result<bool>) -> Result
     wait_at_most(LIMIT, what, condition)
 }
 
+/// Between two looks at what is waited for.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
 /// The same with a limit of one's own.
 pub fn wait_at_most(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + limit;
+    let began = Instant::now();
     while !condition()? {
-        if Instant::now() > deadline {
+        let waited = began.elapsed();
+        if waited > limit {
             bail!("not within {limit:?}: {what}");
         }
-        std::thread::sleep(Duration::from_millis(50));
+        // Who asks takes time from what is waited for: a tenth more is waited at most.
+        std::thread::sleep((waited / 10).clamp(SHORTEST_PAUSE, LONGEST_PAUSE));
     }
     Ok(())
 }
