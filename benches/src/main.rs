@@ -56,8 +56,10 @@ enum Group {
     Size,
     /// `ctr run` end to end.
     Run,
-    /// vCPUs and memory come and go.
+    /// vCPUs and memory come and go; what sizes cost a start.
     Resize,
+    /// The latter alone.
+    Sized,
     /// Pods as Kubernetes makes them: by `ctvm-bench-pods`, beside this program.
     Pods,
     /// Images that start before they are downloaded.
@@ -90,6 +92,8 @@ fn main() -> Result<()> {
     }
     if wanted(Group::Resize) {
         rows.extend(resize::group(arguments.runs)?);
+    }
+    if wanted(Group::Resize) || wanted(Group::Sized) {
         rows.extend(sized::group(arguments.runs.min(SIZED_RUNS))?);
     }
     if wanted(Group::Pods) {

@@ -10,12 +10,17 @@ use e2e::Containerd;
 use e2e::containerd::pids_of;
 
 /// Name, keys and tables of the shim's configuration.
-const CASES: [(&str, &str, &str); 5] = [
+const CASES: [(&str, &str, &str); 6] = [
     ("1 vCPU, 128 MiB", "max_vcpus = 1\nmemory_mib = 128", ""),
     ("1 vCPU, 128 MiB, 7 vCPUs may come", "max_vcpus = 8\nmemory_mib = 128", ""),
     ("1 vCPU, 128 MiB, 1 GiB may come", "max_vcpus = 1\nmemory_mib = 128\nmax_memory_mib = 1152", ""),
-    ("4 vCPUs, 1 GiB", "vcpus = 4\nmemory_mib = 1024", ""),
-    ("4 vCPUs, 1 GiB, booted small", "vcpus = 4\nmemory_mib = 1024", "[resize]\nboot_small = true\n"),
+    ("4 vCPUs, 1 GiB", "vcpus = 4\nmemory_mib = 1024", "[resize]\nboot_small = \"no\"\n"),
+    (
+        "4 vCPUs, 1 GiB, booted with 1 vCPU",
+        "vcpus = 4\nmemory_mib = 1024",
+        "[resize]\nboot_small = \"vcpus\"\n",
+    ),
+    ("4 vCPUs, 1 GiB, booted small", "vcpus = 4\nmemory_mib = 1024", "[resize]\nboot_small = \"all\"\n"),
 ];
 
 /// Rows of the group `resize`.

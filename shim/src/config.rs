@@ -77,8 +77,21 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Resize {
-    /// Start with one vCPU and [`SMALL_MEMORY_MIB`], and grow to the pod's size while the guest boots.
-    pub boot_small: bool,
+    /// What a VM starts with less of than its pod needs, to grow to the pod's size while the guest boots.
+    pub boot_small: BootSmall,
+}
+
+/// How a VM boots that is to be larger than the smallest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootSmall {
+    /// At the pod's size.
+    No,
+    /// With one vCPU.
+    #[default]
+    Vcpus,
+    /// With one vCPU and [`SMALL_MEMORY_MIB`].
+    All,
 }
 
 /// Most vCPUs that a sandbox can grow to, where the operator has not said.
@@ -339,10 +352,10 @@ impl Config {
     pub fn boot_size(&self) -> Size {
         let first = self.sizing().first();
         match self.resize.boot_small {
+            BootSmall::No => first,
             // Pages of hugetlbfs do not come and go.
-            true if self.hugepages => Size { vcpus: 1, ..first },
-            true => first.min(Size { vcpus: 1, memory_mib: SMALL_MEMORY_MIB }),
-            false => first,
+            BootSmall::All if !self.hugepages => first.min(Size { vcpus: 1, memory_mib: SMALL_MEMORY_MIB }),
+            BootSmall::All | BootSmall::Vcpus => Size { vcpus: 1, ..first },
         }
     }
 
@@ -449,10 +462,17 @@ mod tests {
 
     #[test]
     fn one_that_boots_small_has_its_size_to_grow_to() {
-        let text = "vcpus = 4\nmemory_mib = 512\n[resize]\nboot_small = true\n";
-        let config = Config::parse(text, "x").unwrap();
+        let small = |what: &str| {
+            let text = format!("vcpus = 4\nmemory_mib = 512\n[resize]\nboot_small = {what:?}\n");
+            Config::parse(&text, "x").unwrap()
+        };
+        assert_eq!(small("no").boot_size(), Size { vcpus: 4, memory_mib: 512 });
+        assert_eq!(small("vcpus").boot_size(), Size { vcpus: 1, memory_mib: 512 });
+        let config = small("all");
         assert_eq!(config.boot_size(), Size { vcpus: 1, memory_mib: SMALL_MEMORY_MIB });
         assert_eq!(config.sizing().first(), Size { vcpus: 4, memory_mib: 512 });
+        let huge = Config { hugepages: true, ..config.clone() };
+        assert_eq!(huge.boot_size(), Size { vcpus: 1, memory_mib: 512 });
         let tiny = Config { memory_mib: 64, ..config };
         assert_eq!(tiny.boot_size().memory_mib, 64);
     }

@@ -422,6 +422,7 @@ fn setup_request(plan: &Plan, network: &[NetworkStep]) -> std::io::Result<SetupR
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::BootSmall;
 
     #[test]
     fn the_vm_is_as_configured() {
@@ -434,7 +435,7 @@ mod tests {
         };
         let plan = Plan { config, name: "n".repeat(300), hostname: "h".into(), extras: Extras::default() };
         let vm = vm_config(&plan, &Hardware::default());
-        assert_eq!((vm.vcpus, vm.max_vcpus, vm.memory.size_mib, vm.name.len()), (2, Some(4), 256, 128));
+        assert_eq!((vm.max_vcpus, vm.memory.size_mib, vm.name.len()), (Some(4), 256, 128));
         assert_eq!(vm.memory.backing, GuestMemoryBacking::Hugetlbfs);
         assert!(vm.kernel.cmdline.ends_with("panic=-1 debug"), "{}", vm.kernel.cmdline);
         assert!(vm.disks[0].read_only);
@@ -443,12 +444,16 @@ mod tests {
 
     #[test]
     fn one_that_boots_small_can_become_as_large_as_its_pod() {
-        let resize = crate::config::Resize { boot_small: true };
-        let config = Config { vcpus: 4, max_vcpus: 4, memory_mib: 512, resize, ..Config::default() };
-        let plan = Plan { config, name: "n".into(), hostname: "h".into(), extras: Extras::default() };
-        let vm = vm_config(&plan, &Hardware::default());
-        assert_eq!((vm.vcpus, vm.max_vcpus), (1, Some(4)));
-        assert_eq!((vm.memory.size_mib, vm.memory.max_mib), (128, Some(512)));
+        let booted = |boot_small| {
+            let resize = crate::config::Resize { boot_small };
+            let config = Config { vcpus: 4, max_vcpus: 4, memory_mib: 512, resize, ..Config::default() };
+            let plan = Plan { config, name: "n".into(), hostname: "h".into(), extras: Extras::default() };
+            let vm = vm_config(&plan, &Hardware::default());
+            (vm.vcpus, vm.max_vcpus, vm.memory.size_mib, vm.memory.max_mib)
+        };
+        assert_eq!(booted(BootSmall::No), (4, None, 512, None));
+        assert_eq!(booted(BootSmall::Vcpus), (1, Some(4), 512, None));
+        assert_eq!(booted(BootSmall::All), (1, Some(4), 128, Some(512)));
     }
 
     #[test]

@@ -381,7 +381,7 @@ async fn a_vm_that_boots_small_has_its_size_before_its_container() {
     if !is_root() {
         return;
     }
-    let daemon = Daemon::new("vcpus = 2\nmemory_mib = 512\n[resize]\nboot_small = true").await;
+    let daemon = Daemon::new("vcpus = 2\nmemory_mib = 512\n[resize]\nboot_small = \"all\"").await;
     daemon.make_bundle("web", &["journal"], None);
     let task = daemon.connect("web").await;
     let mut request = create_request(&daemon, "web");

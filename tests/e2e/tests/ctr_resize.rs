@@ -37,8 +37,14 @@ fn config(name: &str, keys: &str, tables: &str) -> Result<PathBuf> {
 
 /// A container of one CPU and 128 MiB that waits, with what a test does to it in between; removed at the end.
 fn with_container(id: &str, tables: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
+    with_vcpus(id, 1, tables, test)
+}
+
+/// The same for one that may use so many vCPUs.
+fn with_vcpus(id: &str, vcpus: u32, tables: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
     let config = config(id, "max_vcpus = 4\nmax_memory_mib = 1024", tables)?.display().to_string();
-    let limits = ["--cpu-quota", "100000", "--cpu-period", "100000", "--memory-limit", "134217728"];
+    let quota = (vcpus * 100_000).to_string();
+    let limits = ["--cpu-quota", &quota, "--cpu-period", "100000", "--memory-limit", "134217728"];
     let options = [&["-d", "--runtime-config-path", &config][..], &limits].concat();
     CONTAINERD.run(&options, id, &["sleep", "10000"])?.ok()?;
     CONTAINERD.wait_for(id, "RUNNING")?;
@@ -158,13 +164,18 @@ fn an_operator_resizes_a_vm() -> Result<()> {
 
 #[test]
 fn a_vm_that_boots_small_is_as_large_as_its_limits_need() -> Result<()> {
-    with_container("small", "[resize]\nboot_small = true\n", || {
-        is("small", 1, 192)?;
-        let stages = ctvm(&["timeline", "small"])?.ok()?;
-        ensure!(stages.contains("vm grown"), "{stages}");
-        // Below what one that did not boot small could have.
-        let text = ctvm(&["resize", "--memory", "128", "small"])?.ok()?;
-        ensure!(text.contains("done after"), "{text}");
-        Ok(())
-    })
+    for small in ["vcpus", "all"] {
+        with_vcpus("small", 2, &format!("[resize]\nboot_small = \"{small}\"\n"), || {
+            is("small", 2, 192)?;
+            let stages = ctvm(&["timeline", "small"])?.ok()?;
+            ensure!(stages.contains("vm grown"), "{stages}");
+            // Memory that it booted with is there to stay.
+            if small == "all" {
+                let text = ctvm(&["resize", "--memory", "128", "small"])?.ok()?;
+                ensure!(text.contains("done after"), "{text}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
 }

@@ -19,7 +19,7 @@ use crate::{bench_images, build, container_image};
 /// Options of `xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only this group of figures: boot, memory, size, run, resize, pods, nydus
+    /// Only this group of figures: boot, memory, size, run, resize (of it, sized alone), pods, nydus
     #[arg(long)]
     only: Option<String>,
     /// Counted runs of each figure
