@@ -66,7 +66,7 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     }
     let usual = Shape::default();
     // The large image is in it as the registry has it, as containerd has it packed and unpacked, and in page caches.
-    let memory_mib = if options.long { usual.memory_mib * 2 } else { usual.memory_mib };
+    let memory_mib = if options.long { usual.memory_mib / 3 * 4 } else { usual.memory_mib };
     let shape = Shape { exact: !options.inexact, product: Some(product), memory_mib, ..usual };
     let machine = step("start the lab", || Machine::start(cache, &shape))?;
     let mut argv: Vec<String> = [
