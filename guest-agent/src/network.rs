@@ -9,6 +9,8 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, socket,
 };
 
+use crate::sys;
+
 /// A step that the kernel did not take.
 #[derive(Debug, thiserror::Error)]
 #[error("network: {what}")]
@@ -52,30 +54,47 @@ fn ask(kernel: &OwnedFd, request: &[u8]) -> io::Result<()> {
     verdict(&answer[..length])
 }
 
+/// Has the VM's network devices use a pair of queues for each CPU. Their driver counted those that were there when it
+/// found the device, which was before a VM that boots small had grown.
+pub fn spread_over_cpus() {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1));
+    if cpus == 1 {
+        return;
+    }
+    let devices = devices(Path::new("/sys/class/net")).unwrap_or_default();
+    for (name, _) in devices {
+        // It works with fewer.
+        if let Err(e) = sys::spread_over_queues(&name, cpus) {
+            log::warn!("queues of {name} for {cpus} CPUs: {e}");
+        }
+    }
+}
+
 /// Moves the VM's network devices to another network namespace. They keep their numbers where these are free.
 pub fn move_devices(namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
     let failed = |what: String| move |source| NetworkError { what, source };
-    let indexes = devices(Path::new("/sys/class/net")).map_err(failed("list devices".to_owned()))?;
+    let devices = devices(Path::new("/sys/class/net")).map_err(failed("list devices".to_owned()))?;
     let kernel = open().map_err(failed("open an rtnetlink socket".to_owned()))?;
-    for index in indexes {
+    for (_, index) in devices {
         let request = move_request(index, namespace.as_raw_fd());
         ask(&kernel, &request).map_err(failed(format!("move device {index} to the sandbox's namespace")))?;
     }
     Ok(())
 }
 
-/// Numbers of the interfaces that are devices of the machine, which a loopback is not.
-fn devices(class: &Path) -> io::Result<Vec<u32>> {
-    let mut indexes = Vec::new();
+/// Names and numbers of the interfaces that are devices of the machine, which a loopback is not; by their numbers.
+fn devices(class: &Path) -> io::Result<Vec<(String, u32)>> {
+    let mut devices = Vec::new();
     for entry in std::fs::read_dir(class)? {
-        let path = entry?.path();
-        if path.join("device").exists() {
-            let text = std::fs::read_to_string(path.join("ifindex"))?;
-            indexes.push(text.trim_end().parse().map_err(io::Error::other)?);
+        let entry = entry?;
+        if entry.path().join("device").exists() {
+            let text = std::fs::read_to_string(entry.path().join("ifindex"))?;
+            let index = text.trim_end().parse().map_err(io::Error::other)?;
+            devices.push((entry.file_name().to_string_lossy().into_owned(), index));
         }
     }
-    indexes.sort_unstable();
-    Ok(indexes)
+    devices.sort_unstable_by_key(|(_, index)| *index);
+    Ok(devices)
 }
 
 /// `RTM_SETLINK` with an `ifinfomsg` and `IFLA_NET_NS_FD` (rtnetlink(7)).
@@ -137,7 +156,7 @@ mod tests {
             std::fs::create_dir_all(if device { dir.join("device") } else { dir.clone() }).unwrap();
             std::fs::write(dir.join("ifindex"), format!("{index}\n")).unwrap();
         }
-        assert_eq!(devices(class.path()).unwrap(), [2, 3]);
+        assert_eq!(devices(class.path()).unwrap(), [("eth0".to_owned(), 2), ("eth1".to_owned(), 3)]);
         let request = move_request(2, 9);
         assert_eq!((request.len(), request[20], request[36]), (40, 2, 9));
         // ENODEV by root, EPERM else.

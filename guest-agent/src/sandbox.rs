@@ -87,6 +87,9 @@ impl GuestSandbox {
             clock_settime(ClockId::CLOCK_REALTIME, now)
                 .map_err(|errno| SetupError::Clock { ns: request.realtime_ns, source: errno.into() })?;
         }
+        if !self.network.load(Ordering::Relaxed) {
+            network::spread_over_cpus();
+        }
         // The name and the network are theirs.
         if let Some(users) = request.users.as_ref() {
             self.guest.users.set_up(users)?;

@@ -156,6 +156,49 @@ pub fn loopback_up() -> io::Result<()> {
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
+/// Has a network device use as many pairs of queues as there are CPUs, and it has (`SIOCETHTOOL`, <linux/ethtool.h>).
+///
+/// # Errors
+/// `InvalidInput` for what cannot be a device's name; EOPNOTSUPP by a device without a choice.
+pub fn spread_over_queues(device: &str, cpus: u32) -> io::Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+    const GET: u32 = 0x3c;
+    const SET: u32 = 0x3d;
+    /// `struct ethtool_channels`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Channels {
+        command: u32,
+        max: [u32; 3],
+        max_combined: u32,
+        count: [u32; 3],
+        combined: u32,
+    }
+    let mut name = [0; libc::IFNAMSIZ];
+    if device.len() >= name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("device name {device:?}")));
+    }
+    name.iter_mut().zip(device.bytes()).for_each(|(to, from)| *to = from.cast_signed());
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut channels = Channels { command: GET, ..Channels::default() };
+    let ask = |channels: &mut Channels| {
+        let ifru_data = (&raw mut *channels).cast();
+        let request = libc::ifreq { ifr_name: name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data } };
+        // SAFETY: the call reads one `ifreq`, and reads and writes the structure at `ifru_data`, which for both commands is that
+        // of `channels`; both live longer than the call.
+        let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw const request) };
+        Errno::result(done).map(drop).map_err(io::Error::from)
+    };
+    ask(&mut channels)?;
+    let wanted = channels.max_combined.min(cpus);
+    if wanted > channels.combined {
+        (channels.command, channels.combined) = (SET, wanted);
+        ask(&mut channels)?;
+    }
+    Ok(())
+}
+
 /// How long a connect on this vsock socket may take before the kernel gives it up; by default two seconds (vsock(7)).
 ///
 /// # Errors
@@ -297,6 +340,16 @@ mod tests {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
     use super::*;
+
+    #[test]
+    fn a_loopback_has_no_queues_to_choose_from() {
+        let error = spread_over_queues("lo", 2).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
+        assert_eq!(
+            spread_over_queues("a name that is too long", 2).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
+    }
 
     #[test]
     fn a_connect_may_take_as_long_as_asked() {
