@@ -207,9 +207,8 @@ impl Sandbox {
         // A configuration that asks for what cannot be had is refused by `Create`, with the reason.
         let disks = Disk::open_all(&overview.disks().unwrap_or_default())
             .map_err(|cause| BootError::early(Stage::Disks, cause))?;
-        let late = self.late.get();
-        let monitor = self.spawn_monitor(overview, plan, slot, late)?;
-        let connected = self.connect(overview, late, &monitor, plan.config.sizing().first().vcpus).await;
+        let monitor = self.spawn_monitor(overview, plan, slot)?;
+        let connected = self.connect(overview, &monitor, plan.config.sizing().first().vcpus).await;
         let (namespace, network) = match connected {
             Ok(connected) => connected,
             Err(cause) => {
@@ -241,7 +240,6 @@ impl Sandbox {
         overview: &Overview,
         plan: &Plan,
         slot: &mut ControlSlot,
-        late: Option<&Late>,
     ) -> Result<Monitor, BootError> {
         let groups = match self.config.host_cgroup {
             true => cgroup::directories(&overview.linux.cgroups_path),
@@ -261,7 +259,7 @@ impl Sandbox {
                 log::debug!("oom_score_adj {score} of the VMM: {e}");
             }
         };
-        let place = if late.is_some() { Place::Own } else { Place::Ours };
+        let place = if self.late.get().is_some() { Place::Own } else { Place::Ours };
         Monitor::spawn(&plan.config, slot, place, &self.timeline, spawned)
     }
 
@@ -281,10 +279,10 @@ impl Sandbox {
     async fn connect(
         &self,
         overview: &Overview,
-        late: Option<&Late>,
         monitor: &Monitor,
         vcpus: u8,
     ) -> Result<(PathBuf, Network), NetError> {
+        let late = self.late.get();
         let namespace = match late {
             Some(late) => late.network(&monitor.vmm).await.ok_or(NetError::Abandoned)?,
             None => overview.network().ok_or(NetError::Host)?.to_owned(),

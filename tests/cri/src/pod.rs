@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::command::{wait_at_most, wait_until};
+use e2e::command::{LIMIT, wait_at_most, wait_until};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, IdMapping, ImageSpec, LinuxContainerConfig,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
@@ -156,14 +156,13 @@ impl Pod {
 
     /// Runs a container to its end: its exit code, and its log.
     pub fn finish(&self, config: &ContainerConfig) -> Result<Output> {
-        self.finish_within(e2e::command::LIMIT, config)
+        self.finish_within(LIMIT, config)
     }
 
     /// The same with a limit of one's own.
     pub fn finish_within(&self, limit: Duration, config: &ContainerConfig) -> Result<Output> {
         let id = self.start(config)?;
-        wait_at_most(limit, "the container has ended", || self.has_ended(&id))?;
-        let code = self.cri.status(&id)?.exit_code;
+        let code = self.exit_code_within(limit, &id)?;
         let (stdout, stderr) = self.log(config)?;
         Ok(Output { stdout, stderr, code })
     }
@@ -175,12 +174,13 @@ impl Pod {
 
     /// Waits for a container's end.
     pub fn exit_code(&self, id: &str) -> Result<i32> {
-        wait_until("the container has ended", || self.has_ended(id))?;
-        Ok(self.cri.status(id)?.exit_code)
+        self.exit_code_within(LIMIT, id)
     }
 
-    fn has_ended(&self, id: &str) -> Result<bool> {
-        Ok(self.cri.status(id)?.state == i32::from(ContainerState::ContainerExited))
+    fn exit_code_within(&self, limit: Duration, id: &str) -> Result<i32> {
+        let exited = i32::from(ContainerState::ContainerExited);
+        wait_at_most(limit, "the container has ended", || Ok(self.cri.status(id)?.state == exited))?;
+        Ok(self.cri.status(id)?.exit_code)
     }
 
     /// Where a container's log is.
