@@ -229,6 +229,17 @@ impl Pod {
         self.cri.stop_pod(&self.id)?;
         self.cri.remove_pod(&self.id)
     }
+
+    /// The same for one that has lost its shim or VMM, as the kubelet does it: until it works. CRI takes a container that ends
+    /// just now for stopped, and then does not remove it because it runs.
+    pub fn end_within(self, limit: Duration) -> Result<()> {
+        let mut last = None;
+        let ended = wait_at_most(limit, "the pod is removed", || {
+            last = self.cri.stop_pod(&self.id).and_then(|()| self.cri.remove_pod(&self.id)).err();
+            Ok(last.is_none())
+        });
+        ended.with_context(|| format!("{last:?}"))
+    }
 }
 
 impl Drop for Pod {

@@ -66,19 +66,8 @@ impl Ground {
         })?;
         let code = self.cri().status(container)?.exit_code;
         ensure!(LOST.contains(&code), "the container ended with {code}");
-        removed(self.cri(), pod)
+        pod.end_within(BOUND)
     }
-}
-
-/// Stops and removes a pod as the kubelet does: until it works.
-fn removed(cri: &Cri, pod: Pod) -> Result<()> {
-    let mut last = None;
-    let removed = wait_at_most(BOUND, "the pod is removed", || {
-        last = cri.stop_pod(&pod.id).and_then(|()| cri.remove_pod(&pod.id)).err();
-        Ok(last.is_none())
-    });
-    drop(pod); // and its control group
-    removed.with_context(|| format!("{last:?}"))
 }
 
 /// A privileged container with the exerciser.
@@ -133,7 +122,7 @@ fn a_guest_that_fills_its_memory() -> Result<()> {
     })?;
     let code = ground.cri().status(&saboteur.id)?.exit_code;
     ensure!(LOST.contains(&code), "the container ended with {code}");
-    removed(ground.cri(), pod)?;
+    pod.end_within(BOUND)?;
     ground.unharmed()
 }
 
@@ -147,7 +136,7 @@ fn a_guest_that_hangs() -> Result<()> {
     wait_at_most(BOUND, "it spins", || Ok(pod.log(&config).is_ok_and(|(out, _)| out == "spinning\n")))?;
     wait_at_most(BOUND, "the guest does not answer", || Ok(ground.cri().exec(&id, &["true"], 5).is_err()))?;
     let asked = Instant::now();
-    removed(ground.cri(), pod)?;
+    pod.end_within(BOUND)?;
     eprintln!("a pod whose guest hangs was removed in {:.0?}", asked.elapsed());
     ground.unharmed()
 }
@@ -176,7 +165,7 @@ fn a_guest_that_opens_10_000_connections() -> Result<()> {
     wait_at_most(BOUND, "the pod takes commands again", || {
         Ok(ground.cri().exec(&id, &["true"], 0).is_ok_and(|done| done.code == 0))
     })?;
-    removed(ground.cri(), pod)?;
+    pod.end_within(BOUND)?;
     ground.unharmed()
 }
 
@@ -207,6 +196,6 @@ fn a_guest_that_floods_a_host_that_does_not_read() -> Result<()> {
     ground.cri().stop(&id, 0)?;
     let code = ground.cri().status(&id)?.exit_code;
     ensure!(code == 137, "the flood ended with {code}");
-    removed(ground.cri(), pod)?;
+    pod.end_within(BOUND)?;
     ground.unharmed()
 }

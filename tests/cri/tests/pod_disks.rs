@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use anyhow::{Result, ensure};
 use cri::{Daemon, Pod, harm};
-use e2e::command::wait_until;
+use e2e::command::{LIMIT, wait_until};
 use e2e::{LoopDevice, node, run};
 use k8s_cri::v1::{ContainerConfig, Device};
 
@@ -148,14 +148,6 @@ fn a_container_that_cannot_be_leaves_no_disk() -> Result<()> {
     pod.end()
 }
 
-/// As the kubelet does it: until it works.
-fn end_of_killed(pod: &Pod) -> Result<()> {
-    let cri = &DAEMON.cri;
-    wait_until("a pod that was killed is removed", || {
-        Ok(cri.stop_pod(&pod.id).and_then(|()| cri.remove_pod(&pod.id)).is_ok())
-    })
-}
-
 #[test]
 fn kills_leave_nobody_with_a_disk() -> Result<()> {
     for victim in ["shim", "vmm"] {
@@ -164,7 +156,7 @@ fn kills_leave_nobody_with_a_disk() -> Result<()> {
         pod.start(&forever_with(&pod, &disk))?;
         harm::kill(&pod.id, victim)?;
         nobody_holds(&disk)?;
-        end_of_killed(&pod)?;
+        pod.end_within(LIMIT)?;
         // In the middle of it, too.
         let pod = Pod::run(&DAEMON.cri, "ctvm")?;
         std::thread::scope(|scope| {
@@ -178,7 +170,7 @@ fn kills_leave_nobody_with_a_disk() -> Result<()> {
             anyhow::Ok(())
         })?;
         nobody_holds(&disk)?;
-        end_of_killed(&pod)?;
+        pod.end_within(LIMIT)?;
     }
     Ok(())
 }

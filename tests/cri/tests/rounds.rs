@@ -189,7 +189,7 @@ impl Ground {
         if victim != Victim::Containerd {
             self.told(&pod.id)?;
         }
-        remove(&cri, &pod.id)
+        pod.end_within(BOUND)
     }
 
     /// CRI and containerd both know how the container ended.
@@ -232,17 +232,6 @@ fn under_way(
     let word = if point == Point::Stopping { "asked" } else { "begun" };
     wait_at_most(BOUND, "the call is under way", || Ok(pod.log(config)?.0.contains(word)))?;
     Ok(Some(call))
-}
-
-/// Stops and removes a pod as the kubelet does: until it works. CRI takes a container that ends just now for stopped, and
-/// then does not remove it because it runs.
-fn remove(cri: &Cri, pod: &str) -> Result<()> {
-    let mut last = None;
-    let removed = wait_at_most(BOUND, "the pod is removed", || {
-        last = cri.stop_pod(pod).and_then(|()| cri.remove_pod(pod)).err();
-        Ok(last.is_none())
-    });
-    removed.with_context(|| format!("{last:?}"))
 }
 
 /// The one pod whose VMM has just begun.

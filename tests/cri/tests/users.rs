@@ -10,7 +10,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context as _, Result, ensure};
 use cri::pod::{id_mappings, mount, own_users, security};
 use cri::{Cri, Daemon, Pod, harm};
-use e2e::command::wait_until;
+use e2e::command::{LIMIT, wait_until};
 use e2e::{Census, LoopDevice, SmallFs};
 use k8s_cri::v1::{Capability, ContainerConfig, Device, Int64Value, Mount, NamespaceMode, NamespaceOption};
 use tempfile::TempDir;
@@ -344,8 +344,7 @@ fn nothing_is_left_of_such_a_pod() -> Result<()> {
         doomed.start_forever()?;
         harm::kill(&doomed.id, "shim")?;
         first.end()?;
-        wait_until("the pod without a shim goes", || Ok(cri().stop_pod(&doomed.id).is_ok()))?;
-        doomed.end()?;
+        doomed.end_within(LIMIT)?;
         before.settle()?;
     }
     Ok(())

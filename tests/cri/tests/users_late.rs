@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use cri::pod::own_users;
 use cri::{Daemon, Pod, harm};
 use e2e::Census;
-use e2e::command::wait_until;
+use e2e::command::{LIMIT, wait_until};
 
 /// The host's id of the containers' root.
 const FIRST: u32 = 300_000;
@@ -120,11 +120,7 @@ fn nothing_is_left_of_such_a_pod_whose_shim_or_vmm_is_killed() -> Result<()> {
         let doomed = pod()?;
         doomed.start_forever()?;
         harm::kill(&doomed.id, victim)?;
-        // containerd learns of the container's end on its own time.
-        wait_until("the pod goes", || {
-            Ok(DAEMON.cri.stop_pod(&doomed.id).is_ok() && DAEMON.cri.remove_pod(&doomed.id).is_ok())
-        })?;
-        drop(doomed);
+        doomed.end_within(LIMIT)?;
         before.settle().with_context(|| format!("{victim} was killed"))?;
     }
     ensure!(pod_says_yes()?);
