@@ -1,16 +1,13 @@
 //! One container: its files, its control group, its first process and its execs.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use agent_api::image;
-use agent_api::task::{CreateTaskRequest, ExecProcessRequest};
+use agent_api::task::CreateTaskRequest;
 use libcontainer::container::Container as LibContainer;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
@@ -19,21 +16,25 @@ use tokio::time::timeout;
 
 use crate::boot::{BUNDLES, CONTAINERS};
 use crate::cgroup::Cgroup;
+use crate::container::console::Console;
+use crate::container::execs::Exec;
 use crate::devices::Nodes;
 use crate::errors::TaskError;
 use crate::host::Host;
 use crate::huge_pages::{self, Reserved};
 use crate::launch::{self, LaunchError, Launched, chain};
 use crate::mounts::{self, Mounted};
-use crate::payload::{Entry as UsersEntry, Payload};
+use crate::payload::Payload;
 use crate::process::{Phase, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{ChildEnds, Names, Wiring};
 use crate::users::Users;
 use crate::verdict::{self, Verdict};
-use crate::{devices, pod, spec, sys, sysctl};
+use crate::{devices, pod, spec, sysctl};
 
+mod console;
 mod control;
+mod execs;
 
 /// The word for a container whose processes stand still, where another state's is [`Phase::name`].
 const PAUSED: &str = "paused";
@@ -69,22 +70,6 @@ pub struct Container {
     /// would leave its request hanging.
     starting: tokio::sync::RwLock<()>,
     files: Files,
-}
-
-/// A process added to a container.
-#[derive(Debug)]
-pub struct Exec {
-    /// The process.
-    pub process: Arc<Process>,
-    plan: Mutex<Option<Plan>>,
-}
-
-/// What `Exec` announced and `Start` carries out.
-#[derive(Debug)]
-struct Plan {
-    spec: ProcessSpec,
-    wiring: Wiring,
-    file: PathBuf,
 }
 
 /// What a container leaves on the guest's file systems: gone with this.
@@ -255,84 +240,6 @@ impl Container {
         }
     }
 
-    /// Announces an exec.
-    pub async fn add_exec(&self, request: &ExecProcessRequest) -> Result<(), TaskError> {
-        spec::check_id(&request.exec_id)?;
-        self.must_run("exec")?;
-        let names = Names {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let spec = spec::process(request.spec.as_ref(), names.terminal)?;
-        let exec = Arc::new(Exec { process: Arc::new(Process::planned(names)), plan: Mutex::default() });
-        match self.execs().entry(request.exec_id.clone()) {
-            Entry::Occupied(_) => return Err(TaskError::Exists(request.exec_id.clone())),
-            Entry::Vacant(entry) => entry.insert(exec.clone()),
-        };
-        match Wiring::dial(&self.guest.host, &exec.process.names).await {
-            Ok(wiring) => {
-                let file = self.files.bundle.join(format!("exec-{}.json", request.exec_id));
-                *exec.plan() = Some(Plan { spec, wiring, file });
-                Ok(())
-            }
-            Err(error) => {
-                self.execs().remove(&request.exec_id);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Makes an announced exec.
-    pub async fn start_exec(&self, exec_id: &str) -> Result<u32, TaskError> {
-        let exec = self.exec(exec_id)?;
-        let _starting = self.starting.read().await;
-        if self.is_paused() {
-            return Err(TaskError::State { what: "start an exec", state: PAUSED });
-        }
-        let plan = exec.plan().take();
-        let Some(Plan { mut spec, wiring, file }) = plan else {
-            return Err(TaskError::State { what: "start", state: exec.process.phase().name() });
-        };
-        let entry = match self.own_users.then(|| UsersEntry::new(&self.guest.users, &mut spec)).transpose() {
-            Ok(entry) => entry,
-            Err(error) => {
-                exec.process.failed();
-                return Err(error);
-            }
-        };
-        let keep = entry.as_ref().map(UsersEntry::fd).into_iter().collect();
-        let payload = Payload::exec(self.filter.clone(), entry, &mut spec).of_image(self.of_image);
-        let owner = (spec.user().uid(), spec.user().gid());
-        let at_exit = self.explain_end(Some(&spec));
-        let written = spec::save(&spec, &file).map_err(TaskError::io("write the exec's process"));
-        let made = match written {
-            Ok(()) => {
-                let file = file.clone();
-                self.launch(&exec.process, wiring, (owner, keep), at_exit, move |builder| {
-                    let builder = builder.with_executor(payload);
-                    let made = builder.as_tenant().with_detach(true).with_process(Some(file)).build();
-                    made.map(nix_pid).map_err(|error| chain(&error))
-                })
-                .await
-            }
-            Err(error) => Err(error),
-        };
-        // The library has read it, or nobody will.
-        let _ = std::fs::remove_file(&file);
-        match made {
-            Ok(()) => {
-                exec.process.mark_started();
-                Ok(exec.process.pid())
-            }
-            Err(error) => {
-                exec.process.failed();
-                Err(error)
-            }
-        }
-    }
-
     /// The process that a request means: an exec's by its id, the first by "".
     pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
         if exec_id.is_empty() { Ok(self.init.clone()) } else { Ok(self.exec(exec_id)?.process.clone()) }
@@ -350,21 +257,6 @@ impl Container {
     /// Every process in the container.
     pub fn pids(&self) -> Result<Vec<i32>, TaskError> {
         self.cgroup.pids().map_err(TaskError::io("read the container's control group"))
-    }
-
-    /// Forgets an exec that does not run.
-    pub fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
-        let exec = self.exec(exec_id)?;
-        let exit = match exec.process.phase() {
-            Phase::Stopped(exit) => exit,
-            Phase::Created if exec.plan().take().is_some() => {
-                exec.process.failed();
-                never_started()
-            }
-            phase => return Err(TaskError::State { what: "delete", state: phase.name() }),
-        };
-        self.execs().remove(exec_id);
-        Ok((exec.process.pid(), exit))
     }
 
     /// Removes everything of the container but its files, which go with the object. A container that was never
@@ -427,53 +319,6 @@ impl Container {
     fn verdict(&self) -> MutexGuard<'_, Option<Verdict>> {
         self.verdict.lock().expect("no code panics while it holds this lock")
     }
-
-    fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {
-        self.execs()
-            .get(exec_id)
-            .cloned()
-            .ok_or_else(|| TaskError::NoExec { container: self.id.clone(), exec: exec_id.to_owned() })
-    }
-
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
-        self.execs.lock().expect("no code panics while it holds this lock")
-    }
-}
-
-impl Exec {
-    fn plan(&self) -> MutexGuard<'_, Option<Plan>> {
-        self.plan.lock().expect("no code panics while it holds this lock")
-    }
-}
-
-/// A socket on which the library hands over the master of the terminal that it makes inside the container.
-struct Console {
-    path: PathBuf,
-    listener: UnixListener,
-}
-
-impl Console {
-    fn listen() -> std::io::Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = Path::new(BUNDLES).join(format!(".console-{number}"));
-        let listener = UnixListener::bind(&path)?;
-        // The launcher sends before it reports success, so there is never anything to wait for.
-        listener.set_nonblocking(true)?;
-        Ok(Self { path, listener })
-    }
-
-    fn receive(&self) -> std::io::Result<OwnedFd> {
-        let (connection, _) = self.listener.accept()?;
-        sys::receive_fd(connection.as_fd())
-    }
-}
-
-impl Drop for Console {
-    fn drop(&mut self) {
-        // Made above; the worst that a failure leaves is a file in a tmpfs.
-        let _ = std::fs::remove_file(&self.path);
-    }
 }
 
 fn builder(id: String, ends: Ends) -> Result<ContainerBuilder, String> {
@@ -495,8 +340,4 @@ fn process_limits(spec: &Spec) -> Option<Vec<PosixRlimit>> {
 /// The library has its own, older `nix`.
 fn nix_pid(pid: impl Into<i32>) -> i32 {
     pid.into()
-}
-
-fn never_started() -> Exit {
-    Exit { status: 0, at: std::time::SystemTime::now() }
 }

@@ -17,32 +17,26 @@
 //! there is nothing to wait for, and no connection.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_api::task::Mount;
 use agent_api::{SHARE_PATH, disk_serial, image};
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
-use vmm_api::frame::{self, FrameError, Packet};
-use vmm_api::image::{DiskPart, MAX_BLOBS, OpenReply, OpenRequest, OpenedImage, disk_parts};
-use vmm_api::{
-    Attached, BlobConfig, DeviceName, DiskConfig, ErrorCode, FdIndex, ImageConfig, NewDevice, Op, Reply,
-};
+use vmm_api::frame::FrameError;
+use vmm_api::image::OpenRequest;
+use vmm_api::{Attached, DeviceName, ErrorCode, FdIndex, NewDevice, Op, Reply};
 
 use crate::container::image::{ImageRoot, Upper};
 use crate::error::chain;
 use crate::sandbox::Sandbox;
 use crate::sandbox::boot::Vm;
+use crate::sandbox::images::service::{Opened, open};
 use crate::vmm::VmmError;
-use crate::watched::watch;
 
-/// The version of the bootstraps that a guest can mount.
-const VERSION: u8 = 6;
+mod service;
+
 /// How long to wait before an image is opened again at a service that is away, at first and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
@@ -122,16 +116,6 @@ pub enum OpenError {
     },
 }
 
-/// An image as the service opened it.
-#[derive(Debug)]
-pub struct Opened {
-    channel: OwnedFd,
-    bootstrap: OwnedFd,
-    bootstrap_bytes: u64,
-    image: OpenedImage,
-    files: Vec<OwnedFd>,
-}
-
 /// How a VM has an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum By {
@@ -208,154 +192,10 @@ impl Images {
     }
 }
 
-/// Opens an image at the service that listens at `path`.
-///
-/// # Errors
-/// [`OpenError`].
-pub async fn open(path: &Path, request: &OpenRequest, limit: Duration) -> Result<Opened, OpenError> {
-    let exchange = async {
-        let channel = dial(path).await?;
-        let connection = |source| OpenError::Connection { path: path.to_owned(), source };
-        let bytes = serde_json::to_vec(request).expect("our own types serialise");
-        send(&channel, &bytes).await.map_err(connection)?;
-        let packet = receive(&channel).await.map_err(connection)?;
-        taken_apart(packet, channel.into_inner(), request)
-    };
-    let late = |_| OpenError::Deadline { path: path.to_owned(), after: limit };
-    tokio::time::timeout(limit, exchange).await.map_err(late)?
-}
-
-/// Connects; a service with a full backlog is waited for.
-async fn dial(path: &Path) -> Result<AsyncFd<OwnedFd>, OpenError> {
-    const AGAIN: Duration = Duration::from_millis(20);
-    let absent = |e: Errno| OpenError::Absent { path: path.to_owned(), source: e.into() };
-    let connection =
-        |e: std::io::Error| OpenError::Connection { path: path.to_owned(), source: FrameError::Socket(e) };
-    let address = SocketAddrUnix::new(path).map_err(absent)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
-    let socket = socket.map_err(|e| connection(e.into()))?;
-    loop {
-        match connect(&socket, &address) {
-            Ok(()) => return watch(socket).map_err(connection),
-            // The kernel has no event for it.
-            Err(Errno::AGAIN) => tokio::time::sleep(AGAIN).await,
-            Err(Errno::INTR) => {}
-            Err(e @ (Errno::NOENT | Errno::CONNREFUSED)) => return Err(absent(e)),
-            Err(e) => return Err(connection(e.into())),
-        }
-    }
-}
-
-async fn send(channel: &AsyncFd<OwnedFd>, bytes: &[u8]) -> Result<(), FrameError> {
-    loop {
-        let mut ready = channel.writable().await.map_err(FrameError::Socket)?;
-        match frame::send(channel.get_ref(), bytes, &[]) {
-            Err(e) if e.would_block() => ready.clear_ready(),
-            sent => return sent,
-        }
-    }
-}
-
-async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<Packet, FrameError> {
-    loop {
-        let mut ready = channel.readable().await.map_err(FrameError::Socket)?;
-        match frame::recv(channel.get_ref()) {
-            Err(e) if e.would_block() => ready.clear_ready(),
-            received => return received,
-        }
-    }
-}
-
-/// Checks an answer as far as the shim relies on it. The rest is the VMM's to check.
-fn taken_apart(packet: Packet, channel: OwnedFd, request: &OpenRequest) -> Result<Opened, OpenError> {
-    let OpenRequest::Open { bootstrap: path, .. } = request;
-    let answer = |reason: String| OpenError::Answer { reason };
-    let reply = serde_json::from_slice(&packet.bytes).map_err(|e| answer(e.to_string()))?;
-    let image = match reply {
-        OpenReply::Opened(image) => image,
-        OpenReply::Refused { reason } => {
-            return Err(OpenError::Refused { bootstrap: path.clone(), reason });
-        }
-    };
-    if image.version != VERSION {
-        return Err(OpenError::Version { bootstrap: path.clone(), version: image.version });
-    }
-    if image.blobs.len() > MAX_BLOBS {
-        return Err(answer(format!("{} blobs, must be 0 to {MAX_BLOBS}", image.blobs.len())));
-    }
-    let count = packet.fds.len();
-    let mut fds = packet.fds.into_iter();
-    let bootstrap = fds.next().filter(|_| count == image.blobs.len() + 1);
-    let bootstrap = bootstrap.ok_or_else(|| {
-        answer(format!("{count} descriptors for a bootstrap and {} blobs", image.blobs.len()))
-    })?;
-    let stat = rustix::fs::fstat(&bootstrap).map_err(|e| answer(format!("the bootstrap: {e}")))?;
-    let bootstrap_bytes = u64::try_from(stat.st_size).unwrap_or(0);
-    Ok(Opened { channel, bootstrap, bootstrap_bytes, image, files: fds.collect() })
-}
-
-impl Opened {
-    /// The disk for the VMM, and its descriptors, of which the first is number `first` of the packet.
-    fn disk(&self, serial: &str, first: u8, by: By) -> (DiskConfig, Vec<BorrowedFd<'_>>) {
-        let (blobs, fds) = self.parts(first + 1);
-        let dax = by == By::Memory;
-        let image = ImageConfig { channel: FdIndex(first + 1), blobs, wait_ms: WAIT_MS, dax };
-        let disk = DiskConfig { image: Some(image), ..DiskConfig::read_only(FdIndex(first), serial) };
-        (disk, std::iter::once(self.bootstrap.as_fd()).chain(fds).collect())
-    }
-
-    /// Connection and cache files; the connection is number `first` of the packet.
-    fn parts(&self, first: u8) -> (Vec<BlobConfig>, Vec<BorrowedFd<'_>>) {
-        let blobs = (first + 1..).zip(&self.image.blobs);
-        let blobs = blobs.map(|(file, blob)| BlobConfig { file: FdIndex(file), bytes: blob.bytes }).collect();
-        let fds = std::iter::once(&self.channel).chain(&self.files).map(|fd| fd.as_fd()).collect();
-        (blobs, fds)
-    }
-
-    fn places(&self) -> Result<Vec<DiskPart>, OpenError> {
-        let parts = disk_parts(self.bootstrap_bytes, self.image.blobs.iter().map(|blob| blob.bytes));
-        parts.ok_or_else(|| OpenError::Answer {
-            reason: "bootstrap and blobs are larger than a disk".to_owned(),
-        })
-    }
-
-    /// How much it is as a disk.
-    fn bytes(&self) -> Result<u64, OpenError> {
-        Ok(self.places()?.last().map_or(0, |last| last.end()))
-    }
-
-    /// The mount for the agent, of what came of attaching it; with `own_users`, for the sandbox's.
-    fn mount(
-        &self,
-        attached: &Attached,
-        serial: &str,
-        target: String,
-        own_users: bool,
-    ) -> Result<Mount, OpenError> {
-        let memory = attached.memory.map(|memory| image::memory(memory.start));
-        let parts = self.places()?;
-        Ok(Mount {
-            type_: image::MOUNT_TYPE.to_owned(),
-            source: serial.to_owned(),
-            target,
-            options: memory
-                .into_iter()
-                .chain(parts.iter().map(|part| image::part(part.start, part.bytes)))
-                .chain(own_users.then(|| image::OWN_USERS.to_owned()))
-                .collect(),
-            ..Mount::default()
-        })
-    }
-}
-
 /// Bytes of memory for each byte of which a guest's kernel has one in its account of it (`struct page`, 64 bytes for 4 KiB).
 const ACCOUNT: u64 = 64;
 /// Which part of a guest's memory the account of its images may be: a sixteenth.
 const MOST_ACCOUNT: u64 = 16;
-
-/// How long a guest's read waits for bytes, in milliseconds, before it fails.
-const WAIT_MS: u32 = 60_000;
 
 /// Where the guest has the root directory of a container that is an image.
 pub fn root_path(container: &str) -> String {
@@ -390,26 +230,8 @@ impl Sandbox {
         };
         let opened = open(&self.config.image_service, &request, self.config.timeouts.image()).await?;
         let bytes = opened.bytes()?;
-        let reason = self.why_disk(vm, &opened, bytes);
-        let by = if reason.is_none() { By::Memory } else { By::Disk };
-        let mut done =
-            self.attach_image(vm, &opened, &root.bootstrap, by).await.map(|made| (made, by, reason));
-        if let Err(error) = &done
-            && by == By::Memory
-            && is_refusal(error)
-        {
-            let reason = Some(chain(error));
-            done = self
-                .attach_image(vm, &opened, &root.bootstrap, By::Disk)
-                .await
-                .map(|made| (made, By::Disk, reason));
-        }
-        let ((serial, attached), by, reason) = done?;
-        let (bootstrap, mib) = (root.bootstrap.display(), bytes >> 20);
-        match reason.filter(|_| self.config.image_dax) {
-            Some(reason) => log::info!(container:%; "image {bootstrap}: {by} of {mib} MiB, as {reason}"),
-            None => log::info!(container:%; "image {bootstrap}: {by} of {mib} MiB"),
-        }
+        let (by, serial, attached) = self.attach_either_way(vm, &opened, bytes, &root.bootstrap).await?;
+        log::info!(container:%; "image {}: {by} of {} MiB", root.bootstrap.display(), bytes >> 20);
         let image = Image { container: container.to_owned(), request, by, bytes };
         vm.images.add(serial.clone(), image);
         let lower = format!("{}/{container}", image::LOWER_PATH);
@@ -419,12 +241,31 @@ impl Sandbox {
         Ok(std::iter::once(image).chain(overlay).collect())
     }
 
-    /// Why an image becomes a disk; nothing if it can be memory.
-    fn why_disk(&self, vm: &Vm, opened: &Opened, bytes: u64) -> Option<String> {
-        if !self.config.image_dax {
-            return Some("`image_dax` is off".to_owned());
+    /// Gives an image to the VM, as memory where that can be; its serial number, and what came of it.
+    async fn attach_either_way(
+        &self,
+        vm: &Vm,
+        opened: &Opened,
+        bytes: u64,
+        bootstrap: &Path,
+    ) -> Result<(By, String, Attached), OpenError> {
+        if self.config.image_dax {
+            let reason = match self.why_disk(vm, opened, bytes) {
+                Some(reason) => reason,
+                None => match self.attach_image(vm, opened, bootstrap, By::Memory).await {
+                    Err(error) if is_refusal(&error) => chain(&error),
+                    attached => return attached.map(|(serial, attached)| (By::Memory, serial, attached)),
+                },
+            };
+            log::info!("image {} becomes a disk: {reason}", bootstrap.display());
         }
-        if !opened.image.ready {
+        let (serial, attached) = self.attach_image(vm, opened, bootstrap, By::Disk).await?;
+        Ok((By::Disk, serial, attached))
+    }
+
+    /// Why an image cannot be memory; nothing if it can.
+    fn why_disk(&self, vm: &Vm, opened: &Opened, bytes: u64) -> Option<String> {
+        if !opened.is_ready() {
             return Some("not all of it is in the cache".to_owned());
         }
         let memory = u64::from(self.resizer.now().memory_mib.unwrap_or(vm.boot.memory_mib)) << 20;

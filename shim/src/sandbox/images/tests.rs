@@ -1,8 +1,11 @@
 //! Opening images at a service of the test's own.
 
 use std::fs::File;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
-use vmm_api::image::Blob;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use vmm_api::frame;
+use vmm_api::image::{Blob, OpenReply, OpenedImage};
 use vmm_api::{ApiError, MemoryRange};
 
 use super::*;
