@@ -8,7 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::command::wait_at_most;
+use crate::containerd::pids_of;
 use crate::run;
+
+/// Name of a shim of ours.
+const SHIM: &str = "containerd-shim-ctvm-v2";
 
 /// How long the system may take to come back to an earlier census.
 const SETTLE: Duration = Duration::from_secs(60);
@@ -38,6 +43,12 @@ impl Census {
 
     /// The same, and the files in `folders`.
     pub fn take_with(folders: &[PathBuf]) -> Result<Census> {
+        // Nobody waits for the process of a sandbox that is gone, so that of an earlier one may be seen on its way out.
+        wait_at_most(SETTLE, "shims without a sandbox have ended", || Ok(!ending_shims()?))?;
+        Self::count(folders)
+    }
+
+    fn count(folders: &[PathBuf]) -> Result<Census> {
         let mut count = BTreeMap::new();
         let mut see = |kind: &str, name: &str| *count.entry(format!("{kind} {name}")).or_insert(0) += 1;
         for entry in fs::read_dir("/proc")? {
@@ -82,7 +93,7 @@ impl Census {
     pub fn settle(&self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
         loop {
-            let differences = self.differences(&Census::take_with(&self.folders)?);
+            let differences = self.differences(&Census::count(&self.folders)?);
             if differences.is_empty() {
                 return Ok(());
             }
@@ -102,6 +113,24 @@ impl Census {
             .map(|name| format!("  {name}: {} then, {} now", of(self, name), of(now, name)))
             .collect()
     }
+}
+
+/// Whether there is a shim of ours whose sandbox has no state folder (any more).
+fn ending_shims() -> Result<bool> {
+    for pid in pids_of(SHIM)? {
+        // One that ends meanwhile has no command line.
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&str> = line.split('\0').collect();
+        let after = |flag| words.iter().position(|&word| word == flag).and_then(|at| words.get(at + 1));
+        // Others have the same name as far as the kernel keeps it.
+        if words[0].ends_with(SHIM)
+            && let (Some(namespace), Some(id)) = (after("-namespace"), after("-id"))
+            && !Path::new("/run/ctvm").join(namespace).join(id).exists()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Interfaces (taps among them), queueing disciplines and redirections, in a namespace or in our own.
