@@ -34,7 +34,7 @@ pub struct Options {
     #[arg(long)]
     debug_kernel: bool,
     /// Fuzz each target for this many seconds
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 5)]
     fuzz_seconds: u32,
 }
 
