@@ -230,7 +230,8 @@ impl Sandbox {
         };
         let opened = open(&self.config.image_service, &request, self.config.timeouts.image()).await?;
         let bytes = opened.bytes()?;
-        let (by, serial, attached) = self.attach_either_way(vm, &opened, bytes, &root.bootstrap).await?;
+        let (by, serial, attached) =
+            self.attach_either_way(vm, container, &opened, bytes, &root.bootstrap).await?;
         log::info!(container:%; "image {}: {by} of {} MiB", root.bootstrap.display(), bytes >> 20);
         let image = Image { container: container.to_owned(), request, by, bytes };
         vm.images.add(serial.clone(), image);
@@ -245,6 +246,7 @@ impl Sandbox {
     async fn attach_either_way(
         &self,
         vm: &Vm,
+        container: &str,
         opened: &Opened,
         bytes: u64,
         bootstrap: &Path,
@@ -257,7 +259,7 @@ impl Sandbox {
                     attached => return attached.map(|(serial, attached)| (By::Memory, serial, attached)),
                 },
             };
-            log::info!("image {} becomes a disk: {reason}", bootstrap.display());
+            log::info!(container:%; "image {} becomes a disk: {reason}", bootstrap.display());
         }
         let (serial, attached) = self.attach_image(vm, opened, bootstrap, By::Disk).await?;
         Ok((By::Disk, serial, attached))

@@ -9,11 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::command::wait_at_most;
-use crate::containerd::pids_of;
+use crate::containerd::{SHIM, pids_of};
 use crate::run;
-
-/// Name of a shim of ours.
-const SHIM: &str = "containerd-shim-ctvm-v2";
 
 /// How long the system may take to come back to an earlier census.
 const SETTLE: Duration = Duration::from_secs(60);

@@ -13,6 +13,9 @@ use crate::{BIN, IMAGE, SHARE};
 /// The runtime under test.
 pub const RUNTIME: &str = "io.containerd.ctvm.v2";
 
+/// Its shim's program.
+pub const SHIM: &str = "containerd-shim-ctvm-v2";
+
 /// A running containerd with the test image imported; stopped when dropped.
 #[derive(Debug)]
 pub struct Containerd {

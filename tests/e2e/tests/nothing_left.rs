@@ -10,11 +10,10 @@ use std::{fs, thread};
 
 use anyhow::{Result, ensure};
 use e2e::command::{LIMIT, wait_until};
-use e2e::containerd::{kill_9, pids_of};
+use e2e::containerd::{SHIM, kill_9, pids_of};
 use e2e::{Census, Containerd, Netns, SmallFs, run};
 use serde_json::json;
 
-const SHIM: &str = "containerd-shim-ctvm-v2";
 const VMM: &str = "ctvm-vmm";
 
 /// Starts a container that sleeps, does `harm` while it runs, and checks that all counts come back.

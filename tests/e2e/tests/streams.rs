@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use e2e::Containerd;
-use e2e::containerd::pids_of;
+use e2e::containerd::{SHIM, pids_of};
 
 /// One containerd for all tests of this file.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -63,9 +63,9 @@ fn a_gibibyte_goes_through_stdout_and_waits_for_a_slow_reader() -> Result<()> {
     let mut first = vec![0; BLOCK];
     stdout.read_exact(&mut first)?;
 
-    let before = [anonymous_kib("containerd-shim-ctvm-v2")?, anonymous_kib("ctvm-vmm")?];
+    let before = [anonymous_kib(SHIM)?, anonymous_kib("ctvm-vmm")?];
     sleep(Duration::from_secs(5)); // nobody reads: everything on the way fills up to its bound
-    let after = [anonymous_kib("containerd-shim-ctvm-v2")?, anonymous_kib("ctvm-vmm")?];
+    let after = [anonymous_kib(SHIM)?, anonymous_kib("ctvm-vmm")?];
     assert!(after[0] <= before[0] + WINDOW_KIB, "shim: {before:?} to {after:?} KiB");
     // The guest's own memory grows by 2 MiB pages as the kernel there touches it.
     assert!(after[1] <= before[1] + 8 * WINDOW_KIB, "VMM and guest: {before:?} to {after:?} KiB");

@@ -239,22 +239,20 @@ fn arguments(command: &mut Command, shape: &Shape, kvm: Kvm, image: &Image, port
         Kvm::Hardware => command.args(["-accel", "kvm", "-cpu", "host"]),
         Kvm::Absent => command.args(["-cpu", "EPYC-v3,+svm,+npt"]),
     };
+    let mut line = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
     if shape.exact {
         command.args(["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0,sleep=off"]);
     } else {
         if kvm == Kvm::Absent {
             command.args(["-accel", "tcg,thread=multi"]);
+            // QEMU's counter is one for all CPUs, without the flag that would say so. The kernel would read the ACPI timer,
+            // with a lock of QEMU's at each look at the clock; in exact time it does, as it did for older figures.
+            line.push_str(" tsc=reliable");
         }
         command.arg("-smp").arg(shape.cpus.to_string());
     }
     command.arg("-m").arg(format!("{}M", shape.memory_mib));
     command.arg("-kernel").arg(image.kernel()).args(["-initrd", "initramfs"]);
-    let mut line = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
-    if kvm == Kvm::Absent && !shape.exact {
-        // QEMU's counter is one for all CPUs, without the flag that would say so. The kernel would read the ACPI timer, with a
-        // lock of QEMU's at each look at the clock. Exact time stays comparable with what was measured before.
-        line.push_str(" tsc=reliable");
-    }
     command.args(["-append", &line]);
     command.args(["-chardev", &format!("file,id=console,path={CONSOLE}"), "-serial", "chardev:console"]);
     command.args(["-chardev", "socket,id=ready,path=ready.sock", "-serial", "chardev:ready"]);
