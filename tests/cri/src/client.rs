@@ -8,11 +8,11 @@ use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    AttachRequest, ContainerConfig, ContainerStats, ContainerStatsFilter, ContainerStatsRequest,
-    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
-    ImageStatusRequest, LinuxContainerResources, ListContainerStatsRequest, ListContainersRequest,
-    ListPodSandboxRequest, PodSandboxConfig, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatus,
-    PodSandboxStatusRequest, PortForwardRequest, PullImageRequest, RemoveContainerRequest,
+    AttachRequest, ContainerConfig, ContainerFilter, ContainerStats, ContainerStatsFilter,
+    ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest,
+    ExecSyncRequest, ImageSpec, ImageStatusRequest, LinuxContainerResources, ListContainerStatsRequest,
+    ListContainersRequest, ListPodSandboxRequest, PodSandboxConfig, PodSandboxStats, PodSandboxStatsRequest,
+    PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest, PullImageRequest, RemoveContainerRequest,
     RemoveImageRequest, RemovePodSandboxRequest, ReopenContainerLogRequest, RunPodSandboxRequest,
     StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
@@ -173,7 +173,16 @@ impl Cri {
 
     /// Ids of all containers.
     pub fn containers(&self) -> Result<Vec<String>> {
-        let request = ListContainersRequest::default();
+        self.list(ListContainersRequest::default())
+    }
+
+    /// Ids of a pod's containers.
+    pub fn containers_of(&self, pod: &str) -> Result<Vec<String>> {
+        let filter = ContainerFilter { pod_sandbox_id: pod.to_owned(), ..ContainerFilter::default() };
+        self.list(ListContainersRequest { filter: Some(filter) })
+    }
+
+    fn list(&self, request: ListContainersRequest) -> Result<Vec<String>> {
         let answer = self.wait("ListContainers", self.runtime.clone().list_containers(request))?;
         Ok(answer.containers.into_iter().map(|container| container.id).collect())
     }

@@ -209,9 +209,10 @@ impl Pod {
         Ok((stdout, stderr))
     }
 
-    /// A folder of the host that is removed with the pod.
+    /// A new folder of the host that is removed with the pod.
     pub fn host_folder(&self, name: &str) -> Result<PathBuf> {
-        let path = self.folder.path().join(name);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = self.folder.path().join(format!("folder-{number}")).join(name);
         std::fs::create_dir_all(&path)?;
         Ok(path)
     }
@@ -222,6 +223,11 @@ impl Pod {
         let network = status.network.context("the pod has no network status")?;
         ensure!(!network.ip.is_empty(), "the pod has no address");
         Ok(network.ip)
+    }
+
+    /// Removes its containers, those that run too.
+    pub fn remove_containers(&self) -> Result<()> {
+        self.cri.containers_of(&self.id)?.iter().try_for_each(|id| self.cri.remove(id))
     }
 
     /// Stops and removes it, saying what went wrong.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::Cri;
 use crate::cases::{Case, GROUPS, Ground};
 
 /// How a case ended.
@@ -76,8 +77,10 @@ pub fn read(text: &str) -> Result<(String, Outcomes)> {
     Ok((report["column"].as_str().context("a report without its column's name")?.to_owned(), outcomes))
 }
 
-/// Runs the cases whose group or name contains `filter`, two at a time, and tells each result as it comes.
-pub fn run(ground: &Ground, in_a_vm: bool, filter: &str) -> Outcomes {
+/// Runs the cases whose group or name contains `filter` under a runtime, two at a time, and tells each result as it
+/// comes.
+pub fn run(cri: &Cri, handler: &str, release: &str, filter: &str) -> Outcomes {
+    let in_a_vm = handler.starts_with("ctvm");
     let cases: Vec<&Case> = GROUPS
         .iter()
         .flat_map(|(group, cases)| cases.iter().map(move |case| (group, case)))
@@ -88,10 +91,12 @@ pub fn run(ground: &Ground, in_a_vm: bool, filter: &str) -> Outcomes {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
+                let mut ground = Ground::new(cri, handler, release);
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let outcome = match case.not_in_a_vm {
                         Some(reason) if in_a_vm => Outcome::NotMeaningful(reason),
-                        _ => (case.run)(ground)
+                        _ => ground
+                            .run(case)
                             .map_or_else(|e| Outcome::Fail(without_ids(&e)), |()| Outcome::Pass),
                     };
                     eprintln!("{}: {}: {}", case.name, outcome.word(), outcome.reason().unwrap_or_default());

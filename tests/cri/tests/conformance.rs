@@ -2,7 +2,6 @@
 #![cfg(feature = "lab")]
 
 use anyhow::Result;
-use cri::cases::Ground;
 use cri::{Daemon, report};
 
 const TABLE: &str = include_str!("../../CONFORMANCE.md");
@@ -11,8 +10,7 @@ const TABLE: &str = include_str!("../../CONFORMANCE.md");
 fn every_case_ends_as_the_table_says() -> Result<()> {
     let disk = e2e::SmallFs::ext4(1 << 30)?;
     let daemon = Daemon::start_release_in("1.7", disk.path())?;
-    let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm".into(), release: "1.7".into() };
-    let outcomes = report::run(&ground, true, "");
+    let outcomes = report::run(&daemon.cri, "ctvm", "1.7", "");
     let column = report::column("ctvm", "1.7");
     let different: Vec<String> = outcomes
         .iter()

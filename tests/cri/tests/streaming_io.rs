@@ -3,7 +3,6 @@
 #![cfg(feature = "lab")]
 
 use anyhow::{Result, ensure};
-use cri::cases::Ground;
 use cri::{Daemon, report};
 
 /// Groups of cases in which something is read or written.
@@ -12,8 +11,7 @@ const OF_STREAMS: [&str; 3] = ["Commands", "Streams", "Logs"];
 #[test]
 fn streams_do_what_fifos_do() -> Result<()> {
     let daemon = Daemon::start(Some("2.1"))?;
-    let ground = Ground { cri: daemon.cri.clone(), handler: "ctvm-stream".into(), release: "2.1".into() };
-    let outcomes = OF_STREAMS.iter().flat_map(|group| report::run(&ground, true, group));
+    let outcomes = OF_STREAMS.iter().flat_map(|group| report::run(&daemon.cri, "ctvm-stream", "2.1", group));
     let wrong = outcomes.filter(|(_, outcome)| outcome.word() != "pass");
     let wrong: Vec<String> = wrong.map(|(name, outcome)| format!("{name}: {outcome:?}")).collect();
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));

@@ -4,7 +4,6 @@
 //! `ctvm-conformance table REPORT…` prints the table. `cargo xtask conformance` does both in the lab.
 
 use anyhow::{Context, Result, bail};
-use cri::cases::Ground;
 use cri::{Daemon, report};
 
 fn main() -> Result<()> {
@@ -30,8 +29,7 @@ fn run(handler: &str, release: &str, filter: &str) -> Result<()> {
     // containerd 2.1 asks for id-mapped mounts.
     let disk = e2e::SmallFs::ext4(1 << 30)?;
     let daemon = Daemon::start_release_in(release, disk.path())?;
-    let ground = Ground { cri: daemon.cri.clone(), handler: handler.to_owned(), release: release.to_owned() };
-    let outcomes = report::run(&ground, handler.starts_with("ctvm"), filter);
+    let outcomes = report::run(&daemon.cri, handler, release, filter);
     println!("{}", report::write(&report::column(handler, release), &outcomes));
     Ok(())
 }

@@ -13,35 +13,35 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 fn sync(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let done = on.cri.exec(&id, &["sh", "-c", "echo out; echo err >&2; exit 7"], 0)?;
     ensure!((done.stdout.as_str(), done.stderr.as_str(), done.code) == ("out\n", "err\n", 7), "{done:?}");
-    pod.end()
+    Ok(())
 }
 
 fn timeout(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let done = on.cri.exec(&id, &["sleep", "987"], 2);
     ensure!(failed_as(&done, Code::DeadlineExceeded), "{done:?}");
     let processes = on.cri.exec(&id, &["ps"], 0)?.ok()?;
     ensure!(!processes.contains("sleep 987"), "the command runs on: {processes}");
-    pod.end()
+    Ok(())
 }
 
 fn large(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let done = on.cri.exec(&id, &["sh", "-c", "yes 0123456789abcde | head -n 131072"], 0)?;
     ensure!(done.code == 0, "{done:?}");
     ensure!(done.stdout.len() == 16 * 131_072, "{} bytes of 2 MiB", done.stdout.len());
     ensure!(done.stdout.lines().all(|line| line == "0123456789abcde"), "the output is damaged");
-    pod.end()
+    Ok(())
 }
 
 fn missing(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     // An error, or exit code 126 or 127: both are in use.
     match on.cri.exec(&id, &["/no/such/program"], 0) {
@@ -49,11 +49,11 @@ fn missing(on: &Ground) -> Result<()> {
         Err(e) => ensure!(format!("{e:#}").contains("/no/such/program"), "{e:#}"),
     }
     ensure!(on.cri.exec(&id, &["echo", "on"], 0)?.ok()? == "on", "no command runs after it");
-    pod.end()
+    Ok(())
 }
 
 fn at_once(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     std::thread::scope(|scope| {
         let calls: Vec<_> = (0..8)
@@ -68,5 +68,5 @@ fn at_once(on: &Ground) -> Result<()> {
         }
         Ok(())
     })?;
-    pod.end()
+    Ok(())
 }

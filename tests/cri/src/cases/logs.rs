@@ -12,15 +12,15 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 fn streams(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let config = pod.container(&["sh", "-c", "echo to out; echo to err >&2"]);
     let done = pod.finish(&config)?;
     ensure!((done.stdout.as_str(), done.stderr.as_str()) == ("to out\n", "to err\n"), "{done:?}");
-    pod.end()
+    Ok(())
 }
 
 fn reopen(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let config = pod.container(&["sh", "-c", "n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"]);
     let id = pod.start(&config)?;
     let log = pod.log_path(&config);
@@ -35,15 +35,15 @@ fn reopen(on: &Ground) -> Result<()> {
     };
     let all = [numbers(&fs::read_to_string(&old)?), numbers(&fs::read_to_string(&log)?)].concat();
     ensure!(all.iter().zip(0..).all(|(got, expected)| *got == expected), "lines are missing: {all:?}");
-    pod.end()
+    Ok(())
 }
 
 fn lines(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let script = "yes x | tr -d '\\n' | head -c 50000; echo; printf last";
     let done = pod.finish(&pod.container(&["sh", "-c", script]))?;
     let mut lines = done.stdout.lines();
     ensure!(lines.next().map(str::len) == Some(50_000), "the long line is cut");
     ensure!(lines.next() == Some("last"), "the last line is not there");
-    pod.end()
+    Ok(())
 }

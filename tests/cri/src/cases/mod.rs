@@ -3,7 +3,9 @@
 //! Each is a sequence of CRI calls that ends in an error where the runtime does not do what is asked. They run under
 //! any runtime; what cannot have a meaning in a VM says why.
 
-use anyhow::Result;
+use std::cell::OnceCell;
+
+use anyhow::{Context, Result};
 
 use crate::{Cri, Pod};
 
@@ -18,7 +20,7 @@ mod streaming;
 mod volumes;
 
 /// What a case runs on.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Ground {
     /// The daemon's CRI.
     pub cri: Cri,
@@ -26,12 +28,43 @@ pub struct Ground {
     pub handler: String,
     /// Release of containerd: `1.7`.
     pub release: String,
+    usual: OnceCell<Pod>,
 }
 
 impl Ground {
-    /// A pod with usual settings.
+    /// What cases under a runtime of the daemon's run on.
+    pub fn new(cri: &Cri, handler: &str, release: &str) -> Ground {
+        Ground {
+            cri: cri.clone(),
+            handler: handler.to_owned(),
+            release: release.to_owned(),
+            usual: OnceCell::new(),
+        }
+    }
+
+    /// A pod with usual settings, for cases about the pod.
     pub fn pod(&self) -> Result<Pod> {
         Pod::run(&self.cri, &self.handler)
+    }
+
+    /// A pod with usual settings that one case after the other has, for cases about a container in it.
+    pub fn usual(&self) -> Result<&Pod> {
+        if self.usual.get().is_none() {
+            let _ = self.usual.set(self.pod()?);
+        }
+        self.usual.get().context("a pod was just set")
+    }
+
+    /// Runs a case. What it leaves in the usual pod goes, and after a failure the pod.
+    pub fn run(&mut self, case: &Case) -> Result<()> {
+        let mut result = (case.run)(self);
+        if let Some(pod) = self.usual.get() {
+            result = result.and_then(|()| pod.remove_containers());
+        }
+        if result.is_err() {
+            self.usual.take();
+        }
+        result
     }
 }
 

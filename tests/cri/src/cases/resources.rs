@@ -32,7 +32,7 @@ fn group_file(on: &Ground, id: &str, v2: &str, v1: &str) -> Result<String> {
 }
 
 fn limits(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config = pod.forever();
     let unified = [("pids.max".to_owned(), "77".to_owned())].into();
     with(
@@ -55,7 +55,7 @@ fn limits(on: &Ground) -> Result<()> {
     ensure!(["20", "59", "512"].contains(&weight.as_str()), "CPU weight {weight}");
     let pids = group_file(on, &id, "pids.max", "pids/pids.max")?;
     ensure!(pids == "77", "pids limit {pids}");
-    pod.end()
+    Ok(())
 }
 
 /// A command that uses so much memory for a moment.
@@ -101,7 +101,7 @@ fn oom_of_child(on: &Ground) -> Result<()> {
 }
 
 fn update(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config = pod.forever();
     let limits = LinuxContainerResources {
         memory_limit_in_bytes: 64 * MIB,
@@ -119,7 +119,7 @@ fn update(on: &Ground) -> Result<()> {
     ensure!(memory == (96 * MIB).to_string(), "memory limit {memory}");
     let cpu = group_file(on, &id, "cpu.max", "cpu/cpu.cfs_quota_us")?;
     ensure!(cpu.starts_with("70000"), "CPU quota {cpu}");
-    pod.end()
+    Ok(())
 }
 
 fn resize(on: &Ground) -> Result<()> {
@@ -149,7 +149,7 @@ fn resize(on: &Ground) -> Result<()> {
 }
 
 fn stats(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     on.cri.exec(&id, &["sh", "-c", &eat(8)], 0)?.ok()?;
     let stats = on.cri.stats(&id)?;
@@ -159,7 +159,7 @@ fn stats(on: &Ground) -> Result<()> {
     ensure!(memory.is_some_and(|memory| memory.value > 4096), "memory {memory:?}");
     let attributes = stats.attributes.context("statistics without attributes")?;
     ensure!(attributes.id == id, "statistics of {}", attributes.id);
-    pod.end()
+    Ok(())
 }
 
 fn stats_of_pod(on: &Ground) -> Result<()> {

@@ -31,11 +31,10 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 fn run(on: &Ground, change: impl FnOnce(&mut LinuxContainerSecurityContext), script: &str) -> Result<String> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config = pod.container(&["sh", "-c", script]);
     change(security(&mut config));
     let done = pod.finish(&config)?;
-    pod.end()?;
     done.ok()
 }
 
@@ -200,13 +199,13 @@ fn user_namespace(on: &Ground) -> Result<()> {
 }
 
 fn oom_score(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config = pod.container(&["cat", "/proc/self/oom_score_adj"]);
     let limits = k8s_cri::v1::LinuxContainerResources { oom_score_adj: 321, ..Default::default() };
     config.linux.get_or_insert_default().resources = Some(limits);
     let got = pod.finish(&config)?.ok()?;
     ensure!(got == "321", "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 fn host_devices(on: &Ground) -> Result<()> {

@@ -23,7 +23,7 @@ fn words(command: &[&str]) -> Vec<String> {
 }
 
 fn exec(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let url = on.cri.exec_url(ExecRequest {
         container_id: id,
@@ -35,11 +35,11 @@ fn exec(on: &Ground) -> Result<()> {
     let [out, err, status] = Channels::open(&url)?.read_all()?;
     ensure!((out.as_str(), err.as_str()) == ("out\n", "err\n"), "{out:?} {err:?}");
     ensure!(status.contains("NonZeroExitCode") && status.contains('3'), "status {status:?}");
-    pod.end()
+    Ok(())
 }
 
 fn exec_input(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let url = on.cri.exec_url(ExecRequest {
         container_id: id,
@@ -52,11 +52,11 @@ fn exec_input(on: &Ground) -> Result<()> {
     channels.send(STDIN, b"a line\n")?;
     let [out, _, status] = channels.read_all()?;
     ensure!(out == "got a line\n" && status.contains("Success"), "{out:?} {status:?}");
-    pod.end()
+    Ok(())
 }
 
 fn exec_terminal(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let id = pod.start_forever()?;
     let url = on.cri.exec_url(ExecRequest {
         container_id: id,
@@ -74,11 +74,11 @@ fn exec_terminal(on: &Ground) -> Result<()> {
     channels.read_until(STDOUT, "/dev/pts/")?;
     let [_, _, status] = channels.read_all()?;
     ensure!(status.contains('5'), "status {status:?}");
-    pod.end()
+    Ok(())
 }
 
 fn attach(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config =
         pod.container(&["sh", "-c", "while read line; do echo got $line; echo err $line >&2; done"]);
     config.stdin = true;
@@ -99,11 +99,11 @@ fn attach(on: &Ground) -> Result<()> {
     channels.close()?;
     // Who attached and the log are told side by side.
     wait_until("both lines in the log", || Ok(pod.log(&config)?.0 == "got one\ngot two\n"))?;
-    pod.end()
+    Ok(())
 }
 
 fn attach_terminal(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut config = pod.container(&["sh"]);
     (config.stdin, config.tty) = (true, true);
     let id = pod.start(&config)?;
@@ -121,7 +121,7 @@ fn attach_terminal(on: &Ground) -> Result<()> {
         channels.close()?;
     }
     ensure!(on.cri.exec(&id, &["echo", "alive"], 0)?.ok()? == "alive", "the container has ended");
-    pod.end()
+    Ok(())
 }
 
 /// Starts a server and waits for it to listen.
@@ -143,8 +143,8 @@ fn forward(on: &Ground, pod: &str, port: u16) -> Result<Channels> {
 }
 
 fn port_forward(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
-    serve(on, &pod, &["nc", "-ll", "-p", "8080", "-e", "cat"], 8080)?;
+    let pod = on.usual()?;
+    serve(on, pod, &["nc", "-ll", "-p", "8080", "-e", "cat"], 8080)?;
     for turn in 0..3 {
         let mut channels = forward(on, &pod.id, 8080)?;
         let text = format!("turn {turn}");
@@ -152,18 +152,18 @@ fn port_forward(on: &Ground) -> Result<()> {
         channels.read_until(0, &text)?;
         channels.close()?;
     }
-    pod.end()
+    Ok(())
 }
 
 /// A server that listens on one loopback address alone.
 fn page(on: &Ground, listen: &str, port: u16) -> Result<()> {
-    let pod = on.pod()?;
-    serve(on, &pod, &["httpd", "-f", "-p", listen, "-h", "/etc"], port)?;
+    let pod = on.usual()?;
+    serve(on, pod, &["httpd", "-f", "-p", listen, "-h", "/etc"], port)?;
     let mut channels = forward(on, &pod.id, port)?;
     channels.send(0, b"GET /hostname HTTP/1.0\r\n\r\n")?;
     channels.read_until(0, &pod.config.hostname)?;
     channels.close()?;
-    pod.end()
+    Ok(())
 }
 
 fn port_forward_v4(on: &Ground) -> Result<()> {
@@ -175,7 +175,7 @@ fn port_forward_v6(on: &Ground) -> Result<()> {
 }
 
 fn port_forward_refused(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let mut channels = forward(on, &pod.id, 81)?;
     // An error on stream 1, or the end.
     while let Some((stream, bytes)) = channels.receive()? {
@@ -184,5 +184,5 @@ fn port_forward_refused(on: &Ground) -> Result<()> {
             break;
         }
     }
-    pod.end()
+    Ok(())
 }

@@ -50,51 +50,51 @@ fn read_only_mount(host: &Path, container: &str) -> Mount {
 }
 
 fn folder(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?;
     fs::write(host.join("from-host"), "host")?;
-    let got = with(&pod, vec![mount(&host, "/data")], "cat /data/from-host; echo -n pod > /data/from-pod")?;
+    let got = with(pod, vec![mount(&host, "/data")], "cat /data/from-host; echo -n pod > /data/from-pod")?;
     ensure!(got == "host" && fs::read_to_string(host.join("from-pod"))? == "pod", "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 fn by_link(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?;
     fs::write(host.join("f"), "x")?;
     let link = host.with_file_name("link");
     symlink(&host, &link)?;
-    ensure!(with(&pod, vec![mount(&link, "/data")], "cat /data/f")? == "x", "not the folder's file");
-    pod.end()
+    ensure!(with(pod, vec![mount(&link, "/data")], "cat /data/f")? == "x", "not the folder's file");
+    Ok(())
 }
 
 fn made(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?.join("not/there");
-    with(&pod, vec![mount(&host, "/data")], "echo x > /data/f")?;
+    with(pod, vec![mount(&host, "/data")], "echo x > /data/f")?;
     ensure!(host.join("f").exists(), "the file is not on the host");
-    pod.end()
+    Ok(())
 }
 
 fn file(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?.join("file");
     fs::write(&host, "one\n")?;
-    let got = with(&pod, vec![mount(&host, "/etc/one-file")], "cat /etc/one-file; echo two > /etc/one-file")?;
+    let got = with(pod, vec![mount(&host, "/etc/one-file")], "cat /etc/one-file; echo two > /etc/one-file")?;
     ensure!(got == "one" && fs::read_to_string(&host)? == "two\n", "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 fn read_only(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?;
     let got = with(
-        &pod,
+        pod,
         vec![read_only_mount(&host, "/data")],
         "touch /data/f 2>/dev/null || echo refused; mkdir /data/d 2>/dev/null || echo refused",
     )?;
     ensure!(got == "refused\nrefused" && fs::read_dir(&host)?.next().is_none(), "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 /// A file system of its own below a folder, until dropped.
@@ -119,29 +119,29 @@ fn recursive_read_only(on: &Ground) -> Result<()> {
         on.handler == "runc" || on.release != "2.1",
         "not tried: containerd 2.1.9 reads the features of runc alone, and panics where others are asked for this"
     );
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?;
     let _below = Mounted::tmpfs(&host.join("below"), "size=1m")?;
     let mut volume = read_only_mount(&host, "/data");
     volume.recursive_read_only = true;
     volume.propagation = MountPropagation::PropagationPrivate.into();
-    let got = with(&pod, vec![volume], "touch /data/below/f 2>/dev/null || echo refused")?;
+    let got = with(pod, vec![volume], "touch /data/below/f 2>/dev/null || echo refused")?;
     ensure!(got == "refused", "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 fn sub_path(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data/a/b")?;
     fs::write(host.join("f"), "deep")?;
     fs::write(host.with_file_name("secret"), "s")?;
-    let got = with(&pod, vec![mount(&host, "/data")], "cat /data/f; ls /data; ls /data/..")?;
+    let got = with(pod, vec![mount(&host, "/data")], "cat /data/f; ls /data; ls /data/..")?;
     ensure!(got.starts_with("deepf\n") && !got.contains("secret"), "{got:?}");
-    pod.end()
+    Ok(())
 }
 
 fn projected(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     // As the kubelet writes a ConfigMap: files are links by way of a link that is swapped.
     let host = pod.host_folder("config")?;
     let write = |version: &str| -> Result<()> {
@@ -158,18 +158,18 @@ fn projected(on: &Ground) -> Result<()> {
     ensure!(on.cri.exec(&id, &["cat", "/config/key"], 0)?.ok()? == "v1", "not the first version");
     write("v2")?;
     wait_until("the new version shows", || Ok(on.cri.exec(&id, &["cat", "/config/key"], 0)?.ok()? == "v2"))?;
-    pod.end()
+    Ok(())
 }
 
 fn full_at_limit(on: &Ground, host: &Path) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let script = "head -c 3m /dev/zero > /data/a; head -c 9m /dev/zero > /data/b 2>/dev/null || echo full; \
                   rm /data/b; head -c 1m /dev/zero > /data/c && echo room";
-    let got = with(&pod, vec![mount(host, "/data")], script)?;
+    let got = with(pod, vec![mount(host, "/data")], script)?;
     ensure!(got == "full\nroom", "{got:?}");
-    let seen = with(&pod, vec![mount(host, "/data")], "wc -c < /data/a")?;
+    let seen = with(pod, vec![mount(host, "/data")], "wc -c < /data/a")?;
     ensure!(seen == (3 << 20).to_string(), "the second container sees {seen:?}");
-    pod.end()
+    Ok(())
 }
 
 fn memory_dir(on: &Ground) -> Result<()> {
@@ -201,15 +201,15 @@ fn shm(on: &Ground) -> Result<()> {
 }
 
 fn attributes(on: &Ground) -> Result<()> {
-    let pod = on.pod()?;
+    let pod = on.usual()?;
     let host = pod.host_folder("data")?;
     let script = "cd /data; echo x > f; chown 12:34 f; chmod 2640 f; ln f hard; ln -s f soft; mkfifo p; \
                   stat -c '%u:%g %a %h' f; readlink soft";
-    let got = with(&pod, vec![mount(&host, "/data")], script)?;
+    let got = with(pod, vec![mount(&host, "/data")], script)?;
     ensure!(got == "12:34 2640 2\nf", "{got:?}");
     let stat = run(Command::new("stat").args(["-c", "%u:%g %a %h"]).arg(host.join("f")))?.ok()?;
     ensure!(stat == "12:34 2640 2", "on the host: {stat:?}");
-    pod.end()
+    Ok(())
 }
 
 /// A container with a volume of this propagation, whose host side is a mount point of its own.
