@@ -70,17 +70,17 @@ impl Setup {
 
     fn spawn(&self, folder: &Path) -> Result<Child> {
         let log = fs::File::options().create(true).append(true).open(folder.join("log"))?;
-        Command::new("containerd")
-            .arg("--config")
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", "containerd", "--config"])
             .arg(folder.join("config.toml"))
             .env("PATH", self.path())
             // Collecting garbage is a third of its time in an emulated machine.
             .envs([("GOGC", "off"), ("GOMEMLIMIT", "256MiB")])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("starting containerd")
+            .stderr(log);
+        spawn_for_life(command).context("starting containerd")
     }
 
     /// A release that is not there must not become another one in silence: `PATH` would find the lab's own.
@@ -259,6 +259,20 @@ pub fn pids_of(name: &str) -> Result<Vec<i32>> {
         }
     }
     Ok(pids)
+}
+
+/// Starts a program from a thread that ends with this program. A parent-death signal comes when the thread ends that made the
+/// process, and a test's may end before the next test; a static, in which tests share a daemon, is never dropped.
+fn spawn_for_life(mut command: Command) -> std::io::Result<Child> {
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        if send.send(command.spawn()).is_ok() {
+            loop {
+                std::thread::park();
+            }
+        }
+    });
+    receive.recv().map_err(std::io::Error::other)?
 }
 
 /// `kill -9`.
