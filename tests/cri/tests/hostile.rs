@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -20,9 +21,16 @@ const LOST: [i32; 2] = [137, 255];
 /// How much a VMM or a shim may grow of what its guest does.
 const GROWTH: u64 = 8 << 20;
 
+/// Of all tests, which come one after the other. It has had a pod, which makes what stays: folders of containerd's.
+static DAEMON: LazyLock<Daemon> = LazyLock::new(|| {
+    let daemon = Daemon::start(None).expect("containerd starts");
+    Pod::run(&daemon.cri, "ctvm").and_then(Pod::end).expect("a pod comes and goes");
+    daemon
+});
+
 /// A daemon with a pod that is no part of anything.
 struct Ground {
-    daemon: Daemon,
+    daemon: &'static Daemon,
     bystander: Pod,
     witness: String,
     before: Census,
@@ -30,11 +38,9 @@ struct Ground {
 
 impl Ground {
     fn start() -> Result<Ground> {
-        let daemon = Daemon::start(None)?;
+        let daemon = &*DAEMON;
         let bystander = Pod::run(&daemon.cri, "ctvm")?;
         let witness = bystander.start_forever()?;
-        // It makes what stays: folders of containerd's.
-        Pod::run(&daemon.cri, "ctvm")?.end()?;
         cri::pod::remove_empty_groups(); // of other tests' pods
         let before = Census::take_with(&[daemon.containerd.folder().join("state")])?;
         Ok(Ground { daemon, bystander, witness, before })
