@@ -11,6 +11,9 @@ use e2e::{Containerd, Setup};
 
 use crate::Cri;
 
+/// The network's file below the daemon's folder.
+const NETWORK: &str = "cni/10-bridge.conflist";
+
 /// Numbers the networks, so that daemons of one machine do not meet.
 static NETWORKS: AtomicU8 = AtomicU8::new(0);
 
@@ -41,6 +44,13 @@ impl Daemon {
             parent: parent.to_owned(),
             ..Setup::default()
         })
+    }
+
+    /// The same, with a network that knows ports of the host, which the conformance cases ask for.
+    pub fn start_with_host_ports_in(release: &str, parent: &Path) -> Result<Daemon> {
+        let setup =
+            Setup { release: Some(release.to_owned()), parent: parent.to_owned(), ..Setup::default() };
+        Self::start_as(Setup { config: with_host_ports, ..setup })
     }
 
     /// The given release, or the lab's own, with `ctvm-snapshotter`, which has to serve at its usual socket.
@@ -81,7 +91,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         // CNI's bridge outlives its pods, and another with the same addresses would take its traffic.
-        let conflist = std::fs::read(self.containerd.folder().join("cni/10-bridge.conflist"));
+        let conflist = std::fs::read(self.containerd.folder().join(NETWORK));
         let network = conflist.ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
         if let Some(name) = network.as_ref().and_then(|network| network["name"].as_str()) {
             let _ = e2e::run(std::process::Command::new("ip").args(["link", "del", name]));
@@ -97,6 +107,18 @@ impl Daemon {
         // The socket is there before CRI has found its pods again.
         e2e::command::wait_until("CRI answers", || Ok(self.cri.pods().is_ok()))
     }
+}
+
+/// As [`configuration`], with a network in which pods have ports of the host. Most tests' pods do without: a plugin is two more
+/// programs to run for each pod, and those are a fifth of what a pod takes in an emulated machine.
+fn with_host_ports(folder: &Path) -> Result<String> {
+    let text = configuration(folder)?;
+    let path = folder.join(NETWORK);
+    let mut network: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let plugins = network["plugins"].as_array_mut().context("a network without plugins")?;
+    plugins.push(serde_json::json!({"type": "portmap", "capabilities": {"portMappings": true}}));
+    fs::write(path, serde_json::to_vec_pretty(&network)?)?;
+    Ok(text)
 }
 
 /// As [`configuration`], with the lines that an operator adds (`shim/snapshotter/README.md`).
@@ -136,10 +158,9 @@ fn configuration(folder: &Path) -> Result<String> {
                     "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
                 },
             },
-            {"type": "portmap", "capabilities": {"portMappings": true}},
         ],
     });
-    fs::write(cni.join("10-bridge.conflist"), serde_json::to_vec_pretty(&network)?)?;
+    fs::write(folder.join(NETWORK), serde_json::to_vec_pretty(&network)?)?;
     let config = fs::read_to_string("/etc/ctvm/config.toml").context("read the shim's configuration")?;
     let more = "annotations = [\"vcpus\", \"memory_mib\", \"cmdline\", \"image_dax\"]\n";
     let impatient = "[timeouts]\nagent_ms = 20000\n";

@@ -9,7 +9,7 @@ const TABLE: &str = include_str!("../../CONFORMANCE.md");
 #[test]
 fn every_case_ends_as_the_table_says() -> Result<()> {
     let disk = e2e::SmallFs::ext4(1 << 30)?;
-    let daemon = Daemon::start_release_in("1.7", disk.path())?;
+    let daemon = Daemon::start_with_host_ports_in("1.7", disk.path())?;
     let outcomes = report::run(&daemon.cri, "ctvm", "1.7", "");
     let column = report::column("ctvm", "1.7");
     let different: Vec<String> = outcomes

@@ -28,7 +28,7 @@ fn main() -> Result<()> {
 fn run(handler: &str, release: &str, filter: &str) -> Result<()> {
     // containerd 2.1 asks for id-mapped mounts.
     let disk = e2e::SmallFs::ext4(1 << 30)?;
-    let daemon = Daemon::start_release_in(release, disk.path())?;
+    let daemon = Daemon::start_with_host_ports_in(release, disk.path())?;
     let outcomes = report::run(&daemon.cri, handler, release, filter);
     println!("{}", report::write(&report::column(handler, release), &outcomes));
     Ok(())
