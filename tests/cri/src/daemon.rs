@@ -48,9 +48,12 @@ impl Daemon {
 
     /// The same, with a network that knows ports of the host, which the conformance cases ask for.
     pub fn start_with_host_ports_in(release: &str, parent: &Path) -> Result<Daemon> {
-        let setup =
-            Setup { release: Some(release.to_owned()), parent: parent.to_owned(), ..Setup::default() };
-        Self::start_as(Setup { config: with_host_ports, ..setup })
+        Self::start_as(Setup {
+            release: Some(release.to_owned()),
+            parent: parent.to_owned(),
+            config: with_host_ports,
+            ..Setup::default()
+        })
     }
 
     /// The given release, or the lab's own, with `ctvm-snapshotter`, which has to serve at its usual socket.

@@ -67,6 +67,5 @@ fn at_once(on: &Ground) -> Result<()> {
             ensure!(text == n.to_string(), "{text:?} instead of {n}");
         }
         Ok(())
-    })?;
-    Ok(())
+    })
 }
