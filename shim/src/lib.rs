@@ -19,6 +19,7 @@ pub mod clock;
 pub mod config;
 pub mod container;
 pub mod delete;
+mod dirs;
 pub mod error;
 pub mod events;
 pub mod info;

@@ -22,7 +22,7 @@ use crate::bootstrap::{self, Bootstrap};
 use crate::config::Config;
 use crate::container::overview::Overview;
 use crate::sandbox::state_file::{self, State};
-use crate::{clock, delete, logger, paths};
+use crate::{clock, delete, dirs, logger, paths};
 
 /// Most bytes of standard input that are read: a configuration may be in them.
 const MAX_INPUT: u64 = 4 << 20;
@@ -69,7 +69,7 @@ fn launch(args: &Args, asked: &Bootstrap, overview: &Overview, socket: &Path, st
     let state_dir = paths::state_dir(&args.namespace, &args.id);
     // What a dead shim of the same name may have left.
     delete::clean(&state_dir, None)?;
-    std::fs::create_dir_all(&state_dir).with_context(|| state_dir.display().to_string())?;
+    dirs::make(&state_dir).with_context(|| state_dir.display().to_string())?;
     let launched = try_launch(args, asked, overview, socket, started_us, &state_dir);
     if launched.is_err() {
         // Whatever there is of it; the error that matters is the first.

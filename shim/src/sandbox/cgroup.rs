@@ -7,6 +7,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::dirs;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Controllers of v1 that account for processes or hold limits of a pod. Not `cpuset`: a new group of it takes no
@@ -103,7 +105,7 @@ fn place_in(root: &Path, own: &str) -> Option<PathBuf> {
 /// The first that failed, when the kernel or another owner of the hierarchy refuses; the others are tried all the same.
 pub fn enter(directories: &[PathBuf], pid: u32) -> io::Result<()> {
     let enter = |directory: &PathBuf| {
-        std::fs::create_dir_all(directory)?;
+        dirs::make(directory)?;
         std::fs::write(directory.join("cgroup.procs"), pid.to_string())
     };
     directories.iter().map(enter).fold(Ok(()), io::Result::and)
@@ -133,8 +135,7 @@ fn remove_one(directory: &Path, roots: &[PathBuf]) -> io::Result<()> {
         && parent.parent().is_some_and(|above| roots.iter().any(|root| root == above))
         && parent.extension().is_none()
     {
-        // Fails while others are in it, as it should.
-        let _ = std::fs::remove_dir(parent);
+        dirs::leave_parent(directory);
     }
     Ok(())
 }

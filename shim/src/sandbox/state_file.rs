@@ -11,6 +11,7 @@ use rustix::time::Timespec;
 use serde::{Deserialize, Serialize};
 
 use super::net::Joined;
+use crate::dirs;
 
 /// Name of the file in a sandbox's state directory.
 pub const STATE_FILE: &str = "state.json";
@@ -141,10 +142,7 @@ pub fn remove_dir(dir: &Path) -> io::Result<()> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    if let Some(namespace) = dir.parent() {
-        // Fails while other sandboxes are in it, as it should.
-        let _ = std::fs::remove_dir(namespace);
-    }
+    dirs::leave_parent(dir);
     Ok(())
 }
 

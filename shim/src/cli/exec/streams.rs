@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use tokio::sync::mpsc;
 
+use crate::dirs;
+
 /// Fifos of one exec; removed when dropped.
 #[derive(Debug)]
 pub struct Dir(PathBuf);
 
 impl Drop for Dir {
     fn drop(&mut self) {
-        // The sandbox may have taken it along; an empty parent goes too.
+        // The sandbox may have taken it along.
         let _ = std::fs::remove_dir_all(&self.0);
-        if let Some(parent) = self.0.parent() {
-            let _ = std::fs::remove_dir(parent);
-        }
+        dirs::leave_parent(&self.0);
     }
 }
 
@@ -37,7 +37,7 @@ impl Streams {
     /// When they cannot be made.
     pub fn make(state_dir: &Path, exec_id: &str, tty: bool) -> io::Result<Self> {
         let dir = Dir(state_dir.join("execs").join(exec_id));
-        std::fs::create_dir_all(&dir.0)?;
+        dirs::make(&dir.0)?;
         let names: &[&str] = if tty { &["stdin", "stdout"] } else { &["stdin", "stdout", "stderr"] };
         for name in names {
             mknodat(CWD, dir.0.join(name), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
