@@ -103,27 +103,29 @@ pub fn conformance() -> Result<PathBuf> {
 
 /// The end-to-end tests, by name.
 pub fn lab_tests() -> Result<Vec<(String, PathBuf)>> {
-    let mut command = cargo("test");
-    command.args([
-        "--package",
-        "e2e",
-        "--package",
-        "cri",
-        "--features",
-        "lab",
-        "--no-run",
-        "--message-format=json",
-    ]);
-    let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
-    ensure!(output.status.success(), "cargo: {}", output.status);
-    let mut tests = Vec::new();
-    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-        let message: Value = serde_json::from_slice(line).context("read cargo's message")?;
-        tests.extend(lab_test(&message));
-    }
+    let messages = build_tests(&["--package", "e2e", "--package", "cri", "--features", "lab"])?;
+    let mut tests: Vec<_> = messages.iter().filter_map(lab_test).collect();
     ensure!(!tests.is_empty(), "cargo built no end-to-end test");
     tests.sort();
     Ok(tests)
+}
+
+/// The programs of unit tests, each with the folder of its package, where it is to run.
+pub fn unit_tests() -> Result<Vec<(PathBuf, PathBuf)>> {
+    let messages = build_tests(&["--workspace"])?;
+    let tests: Vec<_> = messages.iter().filter_map(unit_test).collect();
+    ensure!(!tests.is_empty(), "cargo built no unit test");
+    Ok(tests)
+}
+
+/// Builds tests; the result is what cargo says of each thing that it built.
+fn build_tests(which: &[&str]) -> Result<Vec<Value>> {
+    let mut command = cargo("test");
+    command.args(which).args(["--no-run", "--message-format=json-render-diagnostics"]);
+    let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
+    ensure!(output.status.success(), "cargo: {}", output.status);
+    let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    lines.map(serde_json::from_slice).collect::<Result<_, _>>().context("read cargo's message")
 }
 
 /// Name and program when `message` tells of an end-to-end test that was built.
@@ -134,17 +136,18 @@ fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
     (is_test && !HOST_ONLY_TESTS.contains(&name)).then(|| (name.to_string(), program.into()))
 }
 
-/// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
-pub fn cargo(verb: &str) -> Command {
-    let mut command = talkative_cargo(verb);
-    command.arg("--quiet");
-    command
+/// Program and its package's folder when `message` tells of a program of tests that was built.
+fn unit_test(message: &Value) -> Option<(PathBuf, PathBuf)> {
+    let program = message["executable"].as_str()?;
+    let manifest = Path::new(message["manifest_path"].as_str()?);
+    let is_test = message["profile"]["test"].as_bool()?;
+    is_test.then(|| Some((program.into(), manifest.parent()?.to_path_buf())))?
 }
 
-/// The same with all it has to say; `cargo test --quiet` would not name the tests it runs.
-pub fn talkative_cargo(verb: &str) -> Command {
+/// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
+pub fn cargo(verb: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace()).args([verb, "--locked"]);
+    command.current_dir(workspace()).args([verb, "--locked", "--quiet"]);
     command
 }
 
@@ -167,5 +170,13 @@ mod tests {
         assert_eq!(lab_test(&message("test", "import_edges")), None);
         assert_eq!(lab_test(&message("lib", "e2e")), None);
         assert_eq!(lab_test(&serde_json::json!({"reason": "build-finished", "success": true})), None);
+    }
+
+    #[test]
+    fn unit_tests_run_where_their_package_is() {
+        let message = |test: bool| serde_json::json!({"executable": "/t/x", "manifest_path": "/w/vmm/Cargo.toml", "profile": {"test": test}});
+        assert_eq!(unit_test(&message(true)), Some(("/t/x".into(), "/w/vmm".into())));
+        assert_eq!(unit_test(&message(false)), None);
+        assert_eq!(unit_test(&serde_json::json!({"reason": "build-finished", "success": true})), None);
     }
 }

@@ -2,12 +2,12 @@
 //! for a while each. All run even when some fail; the last line says how many did.
 
 mod labs;
+mod units;
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, Write};
-use std::process::Stdio;
+use std::io::{self, Write};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use crate::cache::Cache;
@@ -98,8 +98,8 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     packages::ensure(cache)?;
     let mut count = Count::default();
     if wanted(Only::Unit) {
-        step("build the unit tests", || build::run(build::cargo("test").args(["--workspace", "--no-run"])))?;
-        count.add(step("unit tests", || unit(options))?);
+        let programs = step("build the unit tests", build::unit_tests)?;
+        count.add(step("unit tests", || units::run(&programs, options.filter.as_deref()))?);
     }
     if wanted(Only::Lab) {
         count.add(in_lab(cache, options)?);
@@ -113,23 +113,6 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     let ignored = if count.ignored > 0 { format!(", {} skipped", count.ignored) } else { String::new() };
     println!("{} passed, {} failed{ignored}", count.passed, count.failed);
     Ok(u8::from(count.failed > 0 || count.passed == 0))
-}
-
-fn unit(options: &Options) -> Result<Count> {
-    let mut cargo = build::talkative_cargo("test");
-    cargo.args(["--workspace", "--no-fail-fast"]).args(&options.filter);
-    let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start cargo")?;
-    let mut lines = Lines::to(io::stdout());
-    let mut output = BufReader::new(child.stdout.take().expect("stdout is piped above"));
-    let mut line = Vec::new();
-    while output.read_until(b'\n', &mut line).context("read cargo's output")? > 0 {
-        lines.write_all(&line)?;
-        line.clear();
-    }
-    let status = child.wait().context("wait for cargo")?;
-    let mut count = lines.count;
-    count.settle("cargo test", status.success(), &status.to_string());
-    Ok(count)
 }
 
 fn in_lab(cache: &Cache, options: &Options) -> Result<Count> {
