@@ -15,7 +15,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::args::Args;
 use crate::sandbox::state_file::State;
 use crate::sandbox::{remove_leftovers, state_file};
-use crate::{clock, paths};
+use crate::{clock, dirs, paths};
 
 /// How long a VMM has to flush and end after its lease did. containerd gives `delete` five seconds.
 const VMM_GRACE: Duration = Duration::from_millis(1500);
@@ -77,8 +77,7 @@ fn remove_fifos(fifos: &[PathBuf]) {
         if let Some(dir) = fifo.parent()
             && dir.parent().is_some_and(|d| d.ends_with("fifo"))
         {
-            // Fails while another is in it, as it should.
-            let _ = std::fs::remove_dir(dir);
+            dirs::leave_parent(fifo);
         }
     }
 }

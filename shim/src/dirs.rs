@@ -12,17 +12,14 @@ const MOST_TRIES: u32 = 100;
 /// # Errors
 /// Those of mkdir(2). `NotFound` only when the directory above was removed a hundred times meanwhile.
 pub fn make(dir: &Path) -> io::Result<()> {
-    let mut made = std::fs::create_dir_all(dir);
     for _ in 1..MOST_TRIES {
-        match &made {
+        match std::fs::create_dir_all(dir) {
             // The second: another made it before us, and removed it before we looked whether it is a directory.
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
-                made = std::fs::create_dir_all(dir);
-            }
-            _ => break,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
+            made => return made,
         }
     }
-    made
+    std::fs::create_dir_all(dir)
 }
 
 /// Removes the directory above `dir` when nothing is left in it.

@@ -139,15 +139,21 @@ fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
 /// Program and its package's folder when `message` tells of a program of tests that was built.
 fn unit_test(message: &Value) -> Option<(PathBuf, PathBuf)> {
     let program = message["executable"].as_str()?;
-    let manifest = Path::new(message["manifest_path"].as_str()?);
-    let is_test = message["profile"]["test"].as_bool()?;
-    is_test.then(|| Some((program.into(), manifest.parent()?.to_path_buf())))?
+    let folder = Path::new(message["manifest_path"].as_str()?).parent()?;
+    message["profile"]["test"].as_bool()?.then(|| (program.into(), folder.into()))
 }
 
 /// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
 pub fn cargo(verb: &str) -> Command {
+    let mut command = talkative_cargo(verb);
+    command.arg("--quiet");
+    command
+}
+
+/// The same with all it has to say; `cargo test --quiet` would not name the tests it runs.
+pub fn talkative_cargo(verb: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace()).args([verb, "--locked", "--quiet"]);
+    command.current_dir(workspace()).args([verb, "--locked"]);
     command
 }
 

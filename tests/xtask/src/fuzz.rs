@@ -4,8 +4,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -13,10 +11,7 @@ use serde_json::Value;
 use crate::build::{target, workspace};
 use crate::cache::Cache;
 use crate::steps::{output, step};
-use crate::test::Count;
-
-/// How many targets run at a time: each is one thread.
-const AT_ONCE: usize = 2;
+use crate::test::{Count, some_at_a_time};
 
 /// Runs every target for `seconds`. A target counts as one test.
 pub fn all(cache: &Cache, seconds: u32, filter: Option<&str>) -> Result<Count> {
@@ -25,27 +20,18 @@ pub fn all(cache: &Cache, seconds: u32, filter: Option<&str>) -> Result<Count> {
         let names = targets(&folder)?.into_iter().filter(|name| filter.is_none_or(|f| name.contains(f)));
         wanted.extend(names.map(|name| (folder.clone(), name)));
     }
-    let (next, count) = (AtomicUsize::new(0), Mutex::new(Count::default()));
-    std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            scope.spawn(|| {
-                while let Some((folder, name)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let what = format!("fuzz {name} for {seconds} s");
-                    let done = step(&what, || fuzz(cache, folder, name, seconds));
-                    let mut count = count.lock().expect("no code panics while it holds this lock");
-                    match done {
-                        Ok(()) => count.passed += 1,
-                        Err(error) => {
-                            eprintln!("{error:#}");
-                            count.failed += 1;
-                            count.failures.push(format!("fuzz::{name}"));
-                        }
-                    }
-                }
-            });
+    Ok(some_at_a_time(&wanted, |(folder, name)| {
+        let mut count = Count::default();
+        match step(&format!("fuzz {name} for {seconds} s"), || fuzz(cache, folder, name, seconds)) {
+            Ok(()) => count.passed += 1,
+            Err(error) => {
+                eprintln!("{error:#}");
+                count.failed += 1;
+                count.failures.push(format!("fuzz::{name}"));
+            }
         }
-    });
-    Ok(count.into_inner().expect("no code panics while it holds this lock"))
+        count
+    }))
 }
 
 /// The components' fuzz folders.

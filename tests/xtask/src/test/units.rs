@@ -1,53 +1,42 @@
-//! Programs of unit tests, two at a time: many wait for timeouts, and cargo would run one after the other.
+//! Programs of unit tests, some at a time: many wait for timeouts, and cargo would run one after the other.
 
-use std::collections::VecDeque;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 
-use super::{Count, Lines};
+use super::{Count, Lines, some_at_a_time};
 use crate::build;
 
-/// How many run at a time.
-const AT_ONCE: usize = 2;
-
 /// Runs `programs`, each in its folder, and the examples of the documentation.
-pub fn run(programs: &[(PathBuf, PathBuf)], filter: Option<&str>) -> Result<Count> {
-    let mut commands = VecDeque::new();
-    let mut examples = build::cargo("test");
-    examples.args(["--workspace", "--doc", "--no-fail-fast"]);
-    commands.push_back(("examples".to_owned(), examples));
-    for (program, folder) in programs {
-        let mut command = Command::new(program);
-        command.current_dir(folder).env("CARGO_MANIFEST_DIR", folder);
-        commands.push_back((name(program), command));
-    }
-    let (queue, count) = (Mutex::new(commands), Mutex::new(Count::default()));
-    let work = || -> Result<()> {
-        loop {
-            // A statement of its own: the lock is not to be held while the program runs.
-            let next = locked(&queue).pop_front();
-            let Some((name, mut command)) = next else { return Ok(()) };
-            let (one, said) = run_one(&name, command.args(filter))?;
-            io::stdout().lock().write_all(&said)?;
-            locked(&count).add(one);
+pub fn run(programs: &[(PathBuf, PathBuf)], filter: Option<&str>) -> Count {
+    let of_programs = programs.iter().map(Some);
+    let all: Vec<_> = std::iter::once(None).chain(of_programs).collect();
+    some_at_a_time(&all, |which| match which {
+        Some((program, folder)) => {
+            let mut command = Command::new(program);
+            command.current_dir(folder).env("CARGO_MANIFEST_DIR", folder);
+            run_and_show(&name(program), command.args(filter))
         }
-    };
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        let join = |worker: std::thread::ScopedJoinHandle<'_, _>| {
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        workers.into_iter().try_for_each(join)
-    })?;
-    Ok(count.into_inner().unwrap_or_else(PoisonError::into_inner))
+        None => {
+            let mut command = build::talkative_cargo("test");
+            command.args(["--workspace", "--doc", "--no-fail-fast"]);
+            run_and_show("examples", command.args(filter))
+        }
+    })
 }
 
-fn locked<T>(of: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    of.lock().unwrap_or_else(PoisonError::into_inner)
+fn run_and_show(name: &str, command: &mut Command) -> Count {
+    let ended = run_one(name, command).and_then(|(count, said)| {
+        io::stdout().lock().write_all(&said)?;
+        Ok(count)
+    });
+    ended.unwrap_or_else(|error| {
+        let mut count = Count::default();
+        count.settle(name, false, &format!("{error:#}"));
+        count
+    })
 }
 
 /// What cargo called the program, without the hash.
