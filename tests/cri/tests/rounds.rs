@@ -3,7 +3,7 @@
 #![cfg(feature = "lab")]
 
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{LazyLock, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -63,6 +63,9 @@ impl<T: Send + 'static> Call<T> {
         answer.with_context(|| format!("{} goes on {BOUND:?} after the blow", self.name))
     }
 }
+
+/// One for all, who come one after the other.
+static GROUND: LazyLock<Mutex<Ground>> = LazyLock::new(|| Mutex::new(Ground::start().expect("a ground")));
 
 /// A daemon and what is followed of it.
 struct Ground {
@@ -262,7 +265,7 @@ fn state(cri: &Cri, id: &str) -> Result<ContainerState> {
 }
 
 fn rounds(victim: Victim) -> Result<()> {
-    let mut ground = Ground::start()?;
+    let mut ground = GROUND.lock().unwrap_or_else(PoisonError::into_inner);
     let mut failed = Vec::new();
     for point in POINTS {
         let started = Instant::now();

@@ -1,12 +1,12 @@
 //! Everything a sandbox could leave behind, counted by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 
 use crate::command::wait_at_most;
 use crate::containerd::{SHIM, pids_of};
@@ -25,10 +25,16 @@ const NAMESPACES: &str = "/run/netns";
 /// Name of a thing to how often it is there.
 type Count = BTreeMap<String, usize>;
 
+/// Counts one kind of thing, the folders' files if it is that.
+type Part = fn(&[PathBuf]) -> Result<Count>;
+
+/// What is quick to see comes first: who waits for a census looks no further than to the first difference.
+const PARTS: [Part; 4] = [processes, mounts_and_sockets, files, networks];
+
 /// What was there at one moment.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Census {
-    count: Count,
+    counts: [Count; PARTS.len()],
     folders: Vec<PathBuf>,
 }
 
@@ -42,74 +48,97 @@ impl Census {
     pub fn take_with(folders: &[PathBuf]) -> Result<Census> {
         // Nobody waits for the process of a sandbox that is gone, so that of an earlier one may be seen on its way out.
         wait_at_most(SETTLE, "shims without a sandbox have ended", || Ok(!ending_shims()?))?;
-        Self::count(folders)
-    }
-
-    fn count(folders: &[PathBuf]) -> Result<Census> {
-        let mut count = BTreeMap::new();
-        let mut see = |kind: &str, name: &str| *count.entry(format!("{kind} {name}")).or_insert(0) += 1;
-        for entry in fs::read_dir("/proc")? {
-            let path = entry?.path();
-            let is_process = path.file_name().is_some_and(|n| n.as_encoded_bytes()[0].is_ascii_digit());
-            // A process may end between the listing and the look; kernel threads have no command line.
-            if let (true, Ok(name), Ok(cmdline)) =
-                (is_process, fs::read_to_string(path.join("comm")), fs::read(path.join("cmdline")))
-                && !cmdline.is_empty()
-            {
-                see("process", name.trim_end());
-            }
+        let mut counts = PARTS.map(|_| Count::new());
+        for (count, part) in counts.iter_mut().zip(PARTS) {
+            *count = part(folders)?;
         }
-        for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
-            see("mount", line.split(' ').nth(4).unwrap_or("?"));
-        }
-        for line in fs::read_to_string("/proc/net/unix")?.lines().skip(1) {
-            // One that was accepted has the name of the one that listens, so each name counts once, below.
-            if let Some(path) = line.split_whitespace().nth(7) {
-                see("socket", path);
-            }
-        }
-        walk(Path::new("/sys/fs/cgroup"), &mut |path, is_dir| {
-            if is_dir {
-                see("cgroup", &path.to_string_lossy());
-            }
-        });
-        for folder in FOLDERS.iter().map(Path::new).chain(folders.iter().map(PathBuf::as_path)) {
-            walk(folder, &mut |path, _| see("file", &path.to_string_lossy()));
-        }
-        count.iter_mut().filter(|(name, _)| name.starts_with("socket ")).for_each(|(_, count)| *count = 1);
-        count_network(None, &mut count)?;
-        for entry in fs::read_dir(NAMESPACES).into_iter().flatten() {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            count.insert(format!("network namespace {name}"), 1);
-            count_network(Some(&name), &mut count)?;
-        }
-        Ok(Census { count, folders: folders.to_vec() })
+        Ok(Census { counts, folders: folders.to_vec() })
     }
 
     /// Waits until everything is as it was at this census; else an error that names what is new and what is gone.
     pub fn settle(&self) -> Result<()> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let differences = self.differences(&Census::count(&self.folders)?);
-            if differences.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!("after {SETTLE:?} these counts differ from before:\n{}", differences.join("\n"));
-            }
-            std::thread::sleep(Duration::from_millis(200));
+        if wait_at_most(SETTLE, "all is as before", || Ok(self.differences().next().is_none())).is_err() {
+            let differences = self.differences().collect::<Result<Vec<_>>>()?.concat();
+            let names = differences.join("\n");
+            ensure!(names.is_empty(), "after {SETTLE:?} these counts differ from before:\n{names}");
         }
+        Ok(())
     }
 
-    fn differences(&self, now: &Census) -> Vec<String> {
-        let names: std::collections::BTreeSet<_> = self.count.keys().chain(now.count.keys()).collect();
-        let of = |census: &Census, name: &String| census.count.get(name).copied().unwrap_or(0);
-        names
-            .into_iter()
-            .filter(|name| of(self, name) != of(now, name))
-            .map(|name| format!("  {name}: {} then, {} now", of(self, name), of(now, name)))
-            .collect()
+    /// What differs in each part in which something does.
+    fn differences(&self) -> impl Iterator<Item = Result<Vec<String>>> {
+        let compare = |(then, part): (&Count, Part)| Ok(differences(then, &part(&self.folders)?));
+        let something = |part: &Result<Vec<String>>| part.as_ref().map_or(true, |names| !names.is_empty());
+        self.counts.iter().zip(PARTS).map(compare).filter(something)
     }
+}
+
+fn differences(then: &Count, now: &Count) -> Vec<String> {
+    let names: BTreeSet<_> = then.keys().chain(now.keys()).collect();
+    let of = |count: &Count, name: &String| count.get(name).copied().unwrap_or(0);
+    names
+        .into_iter()
+        .filter(|name| of(then, name) != of(now, name))
+        .map(|name| format!("  {name}: {} then, {} now", of(then, name), of(now, name)))
+        .collect()
+}
+
+fn see(count: &mut Count, kind: &str, name: &str) {
+    *count.entry(format!("{kind} {name}")).or_insert(0) += 1;
+}
+
+fn processes(_: &[PathBuf]) -> Result<Count> {
+    let mut count = Count::new();
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let is_process = path.file_name().is_some_and(|n| n.as_encoded_bytes()[0].is_ascii_digit());
+        // A process may end between the listing and the look; kernel threads have no command line.
+        if let (true, Ok(name), Ok(cmdline)) =
+            (is_process, fs::read_to_string(path.join("comm")), fs::read(path.join("cmdline")))
+            && !cmdline.is_empty()
+        {
+            see(&mut count, "process", name.trim_end());
+        }
+    }
+    Ok(count)
+}
+
+fn mounts_and_sockets(_: &[PathBuf]) -> Result<Count> {
+    let mut count = Count::new();
+    for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
+        see(&mut count, "mount", line.split(' ').nth(4).unwrap_or("?"));
+    }
+    for line in fs::read_to_string("/proc/net/unix")?.lines().skip(1) {
+        // One that was accepted has the name of the one that listens, so each name counts once.
+        if let Some(path) = line.split_whitespace().nth(7) {
+            count.insert(format!("socket {path}"), 1);
+        }
+    }
+    Ok(count)
+}
+
+fn files(folders: &[PathBuf]) -> Result<Count> {
+    let mut count = Count::new();
+    walk(Path::new("/sys/fs/cgroup"), &mut |path, is_dir| {
+        if is_dir {
+            see(&mut count, "cgroup", &path.to_string_lossy());
+        }
+    });
+    for folder in FOLDERS.iter().map(Path::new).chain(folders.iter().map(PathBuf::as_path)) {
+        walk(folder, &mut |path, _| see(&mut count, "file", &path.to_string_lossy()));
+    }
+    Ok(count)
+}
+
+fn networks(_: &[PathBuf]) -> Result<Count> {
+    let mut count = Count::new();
+    count_network(None, &mut count)?;
+    for entry in fs::read_dir(NAMESPACES).into_iter().flatten() {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        count.insert(format!("network namespace {name}"), 1);
+        count_network(Some(&name), &mut count)?;
+    }
+    Ok(count)
 }
 
 /// Whether there is a shim of ours whose sandbox has no state folder (any more).
@@ -133,7 +162,7 @@ fn ending_shims() -> Result<bool> {
 /// Interfaces (taps among them), queueing disciplines and redirections, in a namespace or in our own.
 fn count_network(namespace: Option<&str>, count: &mut Count) -> Result<()> {
     let place = namespace.map_or(String::new(), |name| format!(" in {name}"));
-    let mut see = |kind: &str, what: &str| *count.entry(format!("{kind} {what}{place}")).or_insert(0) += 1;
+    let mut see = |kind: &str, what: &str| see(count, kind, &format!("{what}{place}"));
     let command = |program: &str, words: &[&str]| {
         let mut command = Command::new(program);
         command.args(namespace.iter().flat_map(|name| ["-n", name])).args(words);
@@ -177,12 +206,8 @@ mod tests {
 
     #[test]
     fn a_difference_is_named_with_both_counts() {
-        let census = |processes| {
-            let count = BTreeMap::from([("mount /a".into(), 1), ("process x".into(), processes)]);
-            Census { count, folders: Vec::new() }
-        };
-        let (before, after) = (census(2), census(3));
-        assert_eq!(before.differences(&after), ["  process x: 2 then, 3 now"]);
-        assert!(before.differences(&before.clone()).is_empty());
+        let count = |processes| BTreeMap::from([("mount /a".into(), 1), ("process x".into(), processes)]);
+        assert_eq!(differences(&count(2), &count(3)), ["  process x: 2 then, 3 now"]);
+        assert!(differences(&count(2), &count(2)).is_empty());
     }
 }
