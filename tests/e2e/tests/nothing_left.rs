@@ -5,16 +5,24 @@ mod task;
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::LazyLock;
 use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Result, ensure};
-use e2e::command::{LIMIT, wait_until};
+use e2e::command::{Finished, LIMIT, wait_until};
 use e2e::containerd::{SHIM, kill_9, pids_of};
 use e2e::{Census, Containerd, Netns, SmallFs, run};
 use serde_json::json;
 
 const VMM: &str = "ctvm-vmm";
+
+/// For all tests but that of a full disk. Its first container makes what containerd keeps for good, folders of its own.
+static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| {
+    let containerd = Containerd::start().expect("containerd");
+    containerd.run(&["--rm"], "first", &["true"]).and_then(Finished::ok).expect("a first container");
+    containerd
+});
 
 /// Starts a container that sleeps, does `harm` while it runs, and checks that all counts come back.
 fn survives(containerd: &Containerd, id: &str, harm: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -34,29 +42,26 @@ fn survives(containerd: &Containerd, id: &str, harm: impl FnOnce() -> Result<()>
 
 #[test]
 fn every_count_comes_back() -> Result<()> {
-    let containerd = Containerd::start()?;
-    // The first container makes what containerd keeps for good (its own folders).
-    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let containerd = &*CONTAINERD;
     let before = Census::take()?;
     for round in 0..3 {
         containerd.run(&["--rm"], &format!("again-{round}"), &["true"])?.ok()?;
     }
     before.settle()?;
-    survives(&containerd, "killed", || {
+    survives(containerd, "killed", || {
         containerd.task(&["kill", "--signal", "KILL", "killed"])?.ok()?;
         Ok(())
     })?;
-    survives(&containerd, "vmm-killed", || kill_9(pids_of(VMM)?[0]))?;
-    survives(&containerd, "shim-killed", || pids_of(SHIM)?.into_iter().try_for_each(kill_9))?;
-    survives(&containerd, "both-killed", || {
+    survives(containerd, "vmm-killed", || kill_9(pids_of(VMM)?[0]))?;
+    survives(containerd, "shim-killed", || pids_of(SHIM)?.into_iter().try_for_each(kill_9))?;
+    survives(containerd, "both-killed", || {
         pids_of(SHIM)?.into_iter().chain(pids_of(VMM)?).try_for_each(kill_9)
     })
 }
 
 #[test]
 fn a_host_without_room_for_a_sandbox_says_so_and_nothing_is_left() -> Result<()> {
-    let containerd = Containerd::start()?;
-    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let containerd = &*CONTAINERD;
     let before = Census::take()?;
     {
         let small = SmallFs::mount(64 << 10)?;
@@ -93,8 +98,7 @@ fn a_container_that_fills_its_root_gets_an_error_and_others_go_on() -> Result<()
 
 #[test]
 fn nothing_is_left_of_a_port_forward() -> Result<()> {
-    let containerd = Containerd::start()?;
-    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let containerd = &*CONTAINERD;
     for (id, victim) in [("forward-ends", None), ("forward-shim", Some(SHIM)), ("forward-vmm", Some(VMM))] {
         let namespace = Netns::make(id)?;
         // As CNI leaves it. The shim would do so too, and that stays; it is the pod's namespace.
@@ -137,8 +141,7 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
 #[test]
 fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
     const MOST: u8 = 8;
-    let containerd = Containerd::start()?;
-    containerd.run(&["--rm"], "first", &["true"])?.ok()?;
+    let containerd = &*CONTAINERD;
     let config = containerd.folder().join("resize.toml");
     fs::write(&config, format!("max_vcpus = {MOST}\n{}", fs::read_to_string("/etc/ctvm/config.toml")?))?;
     let config = config.display().to_string();
@@ -156,7 +159,7 @@ fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
         };
         assert_eq!(vcpus()?, 1, "made when the guest is to have them");
         let updated = thread::scope(|scope| -> Result<Result<()>> {
-            let update = scope.spawn(|| task::update(&containerd, id, &all));
+            let update = scope.spawn(|| task::update(containerd, id, &all));
             if let Some(victim) = victim {
                 while vcpus()? < 3 {
                     ensure!(!update.is_finished(), "no vCPU came");
