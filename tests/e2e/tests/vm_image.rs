@@ -62,14 +62,13 @@ const SUM: &str = "echo sum=$(dd if=/dev/vdb bs=256k 2>/dev/null | md5sum | cut 
 #[test]
 fn a_guest_reads_an_image_byte_for_byte() -> Result<()> {
     let image = image()?;
-    let script = format!(
-        "echo serial=$(cat /sys/block/vdb/serial)\necho ro=$(cat /sys/block/vdb/ro)\n\
-         echo sectors=$(cat /sys/block/vdb/size)\n{SUM}echo again=$(md5sum < /dev/vdb | cut -d' ' -f1)\n"
-    );
-    let (mut guest, service) = boot(&image, 60_000, &script)?;
-    let output = thread::scope(|scope| {
+    let facts = "for fact in serial ro size; do echo $(cat /sys/block/vdb/$fact); done";
+    let sums = "for size in 256k 4k; do dd if=/dev/vdb bs=$size 2>/dev/null | md5sum | cut -d' ' -f1; done";
+    // Its counters go with the VMM, so the guest stays.
+    let (mut guest, service) = boot(&image, 60_000, SHELL)?;
+    let (facts, sums) = thread::scope(|scope| {
         let serving = scope.spawn(|| service.fulfil(&image, usize::MAX));
-        let output = guest.script()?;
+        let said = (guest.ask(facts)?, guest.ask(sums)?);
         let counters = guest.stats()?.devices.remove("blk1").context("counters of the image")?;
         let of = |name: &str| counters.get(name).copied().unwrap_or_default();
         ensure!(of("misses") > 0 && of("fetches") > 0 && of("late") == 0 && of("lost") == 0, "{counters:?}");
@@ -77,14 +76,11 @@ fn a_guest_reads_an_image_byte_for_byte() -> Result<()> {
         drop(guest);
         let fulfilled = serving.join().expect("the service does not panic")?;
         ensure!(fulfilled as u64 == of("fetches"), "{fulfilled} wishes, {counters:?}");
-        Ok(output)
+        Ok(said)
     })?;
-    good(&output);
-    assert_eq!(output.value("serial")?, ID);
-    assert_eq!(output.value("ro")?, "1");
-    assert_eq!(output.value("sectors")?, (image.disk()?.len() / 512).to_string());
-    assert_eq!(output.value("sum")?, sum_of(&image)?);
-    assert_eq!(output.value("again")?, sum_of(&image)?);
+    assert_eq!(facts, format!("{ID}\n1\n{}", image.disk()?.len() / 512));
+    let sum = sum_of(&image)?;
+    assert_eq!(sums, format!("{sum}\n{sum}"));
     Ok(())
 }
 
