@@ -34,7 +34,8 @@ const PARTS: [Part; 4] = [processes, mounts_and_sockets, files, networks];
 /// What was there at one moment.
 #[derive(Debug, Clone)]
 pub struct Census {
-    counts: [Count; PARTS.len()],
+    /// One for each of [`PARTS`].
+    counts: Vec<Count>,
     folders: Vec<PathBuf>,
 }
 
@@ -48,10 +49,7 @@ impl Census {
     pub fn take_with(folders: &[PathBuf]) -> Result<Census> {
         // Nobody waits for the process of a sandbox that is gone, so that of an earlier one may be seen on its way out.
         wait_at_most(SETTLE, "shims without a sandbox have ended", || Ok(!ending_shims()?))?;
-        let mut counts = PARTS.map(|_| Count::new());
-        for (count, part) in counts.iter_mut().zip(PARTS) {
-            *count = part(folders)?;
-        }
+        let counts = PARTS.iter().map(|part| part(folders)).collect::<Result<_>>()?;
         Ok(Census { counts, folders: folders.to_vec() })
     }
 
