@@ -36,7 +36,6 @@ pub fn group(runs: usize) -> Result<Vec<Row>> {
             fs::write(&config, format!("{keys}\n{usual}\n{tables}"))?;
             let config = config.display().to_string();
             containerd.run(&["-d", "--runtime-config-path", &config], &id, &["sleep", "1000"])?.ok()?;
-            containerd.wait_for(&id, "RUNNING")?;
             let stages = timeline::read("test", &id)?;
             let stage = |name: &str| -> Result<f64> {
                 let found = stages.iter().find(|(stage, _)| stage == name);

@@ -158,8 +158,7 @@ impl Node {
         command: &[&str],
     ) -> Result<()> {
         let options: Vec<&str> = ["-d"].iter().chain(options).copied().collect();
-        run(&mut self.run_command(image, way, &options, id, command))?.ok()?;
-        self.containerd.wait_for(id, "RUNNING")
+        run(&mut self.run_command(image, way, &options, id, command))?.ok().map(drop)
     }
 
     /// Runs a command in a container; its output.

@@ -6,7 +6,6 @@
 pub mod cases;
 pub mod client;
 pub mod daemon;
-pub mod events;
 pub mod harm;
 pub mod image_node;
 pub mod pod;
@@ -15,6 +14,5 @@ pub mod websocket;
 
 pub use client::Cri;
 pub use daemon::Daemon;
-pub use events::Events;
 pub use image_node::ImageNode;
 pub use pod::Pod;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use cri::harm::{self, Saboteur};
-use cri::{Cri, Daemon, Events, Pod};
-use e2e::Census;
+use cri::{Cri, Daemon, Pod};
 use e2e::command::wait_at_most;
+use e2e::{Census, Events};
 use k8s_cri::v1::{ContainerState, PodSandboxState};
 
 /// How long a blow may take to show, on an emulated machine: it takes a second or so.

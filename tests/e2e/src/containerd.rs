@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
+use crate::api::{Api, Status};
 use crate::command::{Finished, run, run_with_input, wait_until};
 use crate::{BIN, IMAGE, SHARE};
 
@@ -22,6 +23,7 @@ pub struct Containerd {
     folder: TempDir,
     setup: Setup,
     daemon: Child,
+    api: Api,
 }
 
 /// What kind of containerd to start.
@@ -51,7 +53,6 @@ impl Default for Setup {
 impl Setup {
     /// Starts it, and imports the test images.
     pub fn start(self) -> Result<Containerd> {
-        self.check_release()?;
         let folder = tempfile::Builder::new().prefix("ctd").tempdir_in(&self.parent)?;
         let rest = (self.config)(folder.path())?;
         // What is no table comes before the first table.
@@ -61,8 +62,10 @@ impl Setup {
         );
         fs::write(folder.path().join("config.toml"), config)?;
         let daemon = self.spawn(folder.path())?;
-        let mut containerd = Containerd { folder, setup: self, daemon };
+        let api = Api::new(&folder.path().join("sock"), self.namespace)?;
+        let mut containerd = Containerd { folder, setup: self, daemon, api };
         containerd.wait_until_ready(0)?;
+        containerd.check_release()?;
         let image = Path::new(SHARE).join("image.tar");
         run(containerd.ctr().args(["images", "import"]).arg(image))?.ok().context("importing the images")?;
         Ok(containerd)
@@ -81,17 +84,6 @@ impl Setup {
             .stdout(log.try_clone()?)
             .stderr(log);
         spawn_for_life(command).context("starting containerd")
-    }
-
-    /// A release that is not there must not become another one in silence: `PATH` would find the lab's own.
-    fn check_release(&self) -> Result<()> {
-        let Some(release) = &self.release else { return Ok(()) };
-        let version = run(Command::new("containerd").arg("--version").env("PATH", self.path()))?.ok()?;
-        let is_it = version.split_whitespace().any(|word| {
-            word.trim_start_matches('v').strip_prefix(&**release).is_some_and(|rest| rest.starts_with('.'))
-        });
-        ensure!(is_it, "containerd {release} is asked for, and found is {version:?}");
-        Ok(())
     }
 
     /// Where programs are found: ours, then those of the asked release.
@@ -126,6 +118,18 @@ impl Containerd {
         ready.inspect_err(|_| self.show_log())
     }
 
+    /// A release that is not there must not become another one in silence: `PATH` would find the lab's own.
+    fn check_release(&self) -> Result<()> {
+        let Some(release) = &self.setup.release else { return Ok(()) };
+        let version = self.api.version()?;
+        let rest = version.trim_start_matches('v').strip_prefix(&**release);
+        ensure!(
+            rest.is_some_and(|rest| rest.starts_with('.')),
+            "asked for was {release}, and it is {version}"
+        );
+        Ok(())
+    }
+
     /// Process number of the daemon.
     pub fn pid(&self) -> u32 {
         self.daemon.id()
@@ -155,6 +159,11 @@ impl Containerd {
     /// Its folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// What it is asked without `ctr`.
+    pub fn api(&self) -> &Api {
+        &self.api
     }
 
     /// Its socket.
@@ -197,23 +206,31 @@ impl Containerd {
         run(self.ctr().args(["tasks", "exec", "--exec-id", exec_id, id]).args(command))
     }
 
-    /// `RUNNING`, `STOPPED`, … or nothing when there is no such task.
-    pub fn status(&self, id: &str) -> Result<Option<String>> {
-        let list = self.task(&["list"])?.ok()?;
-        let row = list.lines().find(|l| l.split_whitespace().next() == Some(id));
-        Ok(row.and_then(|l| l.split_whitespace().last()).map(str::to_owned))
+    /// Where a task is in its life, or nothing when there is no such task.
+    pub fn status(&self, id: &str) -> Result<Option<Status>> {
+        self.api.status(id)
     }
 
     /// Waits until the task has this status.
-    pub fn wait_for(&self, id: &str, status: &str) -> Result<()> {
-        wait_until(&format!("{id} is {status}"), || Ok(self.status(id)?.as_deref() == Some(status)))
+    pub fn wait_for(&self, id: &str, status: Status) -> Result<()> {
+        wait_until(&format!("{id} is {status:?}"), || Ok(self.status(id)? == Some(status)))
     }
 
-    /// Removes a task, killed first if need be, and its container.
+    /// Kills a task's first process, and with it the task.
+    pub fn kill_task(&self, id: &str) -> Result<()> {
+        self.api.kill(id, libc::SIGKILL)
+    }
+
+    /// Removes a task, killed first if need be, and its container and snapshot.
     pub fn remove(&self, id: &str) -> Result<()> {
-        self.task(&["rm", "--force", id])?;
-        run(self.ctr().args(["containers", "rm", id]))?.ok()?;
+        self.api.remove_task(id)?;
+        ensure!(self.api.remove_container(id)?, "there is no container {id}");
         Ok(())
+    }
+
+    /// Removes the record that `ctr` leaves of a container that it could not start, if there is one.
+    pub fn remove_record(&self, id: &str) -> Result<()> {
+        self.api.remove_container(id).map(drop)
     }
 
     /// What containerd (and the shims through it) has logged.

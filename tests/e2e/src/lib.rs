@@ -4,9 +4,11 @@
 //! The tests run as root in the lab machine, where `cargo xtask test` puts what they need below [`BIN`] and
 //! [`SHARE`]. They use the host's clock only for bounds on waiting, never for verdicts.
 
+pub mod api;
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod events;
 pub mod image_reader;
 pub mod image_service;
 pub mod layer;
@@ -22,9 +24,11 @@ pub mod tiny;
 pub mod vm;
 pub mod wire;
 
+pub use api::Status;
 pub use census::Census;
 pub use command::{Finished, md5, run, run_with_input};
 pub use containerd::{Containerd, Setup};
+pub use events::Events;
 pub use link::Link;
 pub use loop_device::LoopDevice;
 pub use netns::Netns;

@@ -14,7 +14,7 @@ static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().e
 fn sh(id: &str, options: &[&str], script: &str) -> Result<Finished> {
     let options: Vec<&str> = ["--rm"].iter().chain(options).copied().collect();
     let finished = CONTAINERD.run(&options, id, &["sh", "-c", script])?;
-    run(CONTAINERD.ctr().args(["containers", "rm", id]))?;
+    CONTAINERD.remove_record(id)?;
     Ok(finished)
 }
 
@@ -171,7 +171,7 @@ fn a_limit_of_huge_pages_is_a_pool_of_the_guest_or_refused_with_the_reason() -> 
     let mut ctr = CONTAINERD.ctr();
     ctr.args(["run", "--rm", "--runtime", e2e::containerd::RUNTIME, "--config"]).arg(&file).arg("huge-limit");
     let done = run(&mut ctr);
-    run(CONTAINERD.ctr().args(["containers", "rm", "huge-limit"]))?;
+    CONTAINERD.remove_record("huge-limit")?;
     run(CONTAINERD.ctr().args(["images", "unmount", "--rm"]).arg(&root))?.ok()?;
     let done = done?;
     if has_huge_pages("has-huge-limit")? {

@@ -19,7 +19,6 @@ fn with_server(name: &str, script: &str, test: impl FnOnce(&Netns) -> Result<()>
     let namespace = Netns::make(name)?;
     let options = ["-d", "--with-ns", &namespace.option()];
     CONTAINERD.run(&options, name, &["sh", "-c", script])?.ok()?;
-    CONTAINERD.wait_for(name, "RUNNING")?;
     let outcome = test(&namespace);
     CONTAINERD.remove(name)?;
     outcome
@@ -194,7 +193,7 @@ fn a_forwarded_connection_ends_with_its_server() -> Result<()> {
             Ok(echoed)
         })?;
         let mut connection = connection.expect("the last one that was dialled");
-        CONTAINERD.task(&["kill", "--signal", "KILL", "forward-ends"])?.ok()?;
+        CONTAINERD.kill_task("forward-ends")?;
         // The server's end is either: its kernel closes the connection, or the VM is gone before it does.
         match connection.read(&mut [0]) {
             Ok(0) => Ok(()),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use e2e::command::wait_until;
-use e2e::{Containerd, run};
+use e2e::{Containerd, Status, run};
 
 /// One containerd for all tests of this file.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -155,7 +155,7 @@ fn a_pod_without_interfaces_has_its_loopback_and_the_hosts_network_is_refused() 
     let output = CONTAINERD.run(&["--rm", "--net-host"], "host-net", &["true"])?;
     assert_ne!(output.code, 0);
     assert!(output.errors().contains("the host's network is asked for"), "{}", output.errors());
-    run(CONTAINERD.ctr().args(["containers", "rm", "host-net"]))?; // `ctr` leaves its record
+    CONTAINERD.remove_record("host-net")?;
     Ok(())
 }
 
@@ -237,7 +237,6 @@ fn who_holds_a_tap_sees_the_vm() -> Result<()> {
     pod.ip("addr add 10.99.24.2/24 dev held24")?;
     pod.ip("link set held24 up")?;
     run(&mut pod.container(&["-d"], "held", "sleep 1000"))?.ok()?;
-    CONTAINERD.wait_for("held", "RUNNING")?;
     let address = pod.ip("-br link show held24")?;
     let address = address.split_whitespace().nth(2).context("no address in `ip -br link`")?;
     let guest: Vec<u8> = address.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<_, _>>()?;
@@ -275,7 +274,7 @@ fn an_interface_of_another_kind_is_refused_by_name() -> Result<()> {
     let output = run(&mut pod.container(&["--rm"], "odd", "true"))?;
     assert_ne!(output.code, 0);
     assert!(output.errors().contains("interface odd0 is of kind dummy"), "{}", output.errors());
-    run(CONTAINERD.ctr().args(["containers", "rm", "odd"]))?; // `ctr` leaves its record
+    CONTAINERD.remove_record("odd")?;
     Ok(())
 }
 
@@ -293,16 +292,13 @@ fn the_pods_namespace_is_as_before_however_the_sandbox_ends() -> Result<()> {
     let pod = Pod::make(5)?;
     for (id, victim) in [("ends", None), ("shim-dies", Some("shim")), ("vmm-dies", Some("vmm"))] {
         run(&mut pod.container(&["-d"], id, "sleep 1000"))?.ok()?;
-        CONTAINERD.wait_for(id, "RUNNING")?;
         let during = traces(&pod)?;
         assert_eq!(during.lines().count(), 2, "a tap and a redirection: {during}");
         match victim {
             Some(victim) => e2e::containerd::kill_9(process_of(id, victim)?)?,
-            None => drop(CONTAINERD.task(&["kill", "--signal", "KILL", id])?.ok()?),
+            None => CONTAINERD.kill_task(id)?,
         }
-        wait_until("the task is no longer running", || {
-            Ok(CONTAINERD.status(id)?.as_deref() != Some("RUNNING"))
-        })?;
+        wait_until("the task is no longer running", || Ok(CONTAINERD.status(id)? != Some(Status::Running)))?;
         CONTAINERD.remove(id)?;
         wait_until("nothing is left in the pod's namespace", || Ok(traces(&pod)?.is_empty()))?;
     }

@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use anyhow::Result;
-use e2e::{Containerd, Setup, run_with_input};
+use e2e::{Containerd, Setup, Status, run_with_input};
 
 fn start(release: &str) -> Result<Containerd> {
     Setup { release: Some(release.to_owned()), ..Setup::default() }.start()
@@ -30,14 +30,13 @@ fn a_whole_life(release: &str) -> Result<()> {
     assert_eq!(run_with_input(&mut ours, input)?.ok()?, expected);
 
     containerd.run(&["-d"], stays, &["sleep", "1000"])?.ok()?;
-    containerd.wait_for(stays, "RUNNING")?;
     assert_eq!(containerd.exec(stays, "one", &["sh", "-c", "exit 7"])?.code, 7);
     containerd.stop()?;
     containerd.start_again()?;
-    containerd.wait_for(stays, "RUNNING")?;
+    containerd.wait_for(stays, Status::Running)?;
     assert_eq!(containerd.exec(stays, "two", &["echo", "still here"])?.ok()?, "still here");
-    containerd.task(&["kill", "--signal", "KILL", stays])?.ok()?;
-    containerd.wait_for(stays, "STOPPED")?;
+    containerd.kill_task(stays)?;
+    containerd.wait_for(stays, Status::Stopped)?;
     containerd.remove(stays)
 }
 

@@ -47,7 +47,6 @@ fn with_vcpus(id: &str, vcpus: u32, tables: &str, test: impl FnOnce() -> Result<
     let limits = ["--cpu-quota", &quota, "--cpu-period", "100000", "--memory-limit", "134217728"];
     let options = [&["-d", "--runtime-config-path", &config][..], &limits].concat();
     CONTAINERD.run(&options, id, &["sleep", "10000"])?.ok()?;
-    CONTAINERD.wait_for(id, "RUNNING")?;
     let outcome = test();
     if outcome.is_err() {
         eprintln!("{}", ctvm(&["logs", id])?.text());
@@ -131,7 +130,6 @@ fn a_further_container_of_a_pod_has_room_and_leaves_it() -> Result<()> {
         let limits = ["--cpu-quota", "150000", "--cpu-period", "100000", "--memory-limit", "268435456"];
         let options = [&["-d"][..], &annotation, &limits].concat();
         CONTAINERD.run(&options, "pod-app", &["sleep", "10000"])?.ok()?;
-        CONTAINERD.wait_for("pod-app", "RUNNING")?;
         is("pod", 3, 448)?;
         CONTAINERD.remove("pod-app")?;
         wait_until("its room is gone", || Ok(sizes("pod")? == [1, 1, 192, 192]))?;

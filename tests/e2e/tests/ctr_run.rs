@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use anyhow::Result;
 use e2e::command::wait_until;
-use e2e::{Containerd, run};
+use e2e::{Containerd, Status, run};
 
 /// One containerd for all tests of this file; they use different container ids.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -19,7 +19,6 @@ fn sh(id: &str, options: &[&str], script: &str) -> Result<e2e::Finished> {
 fn with_sleeper(id: &str, options: &[&str], test: impl FnOnce() -> Result<()>) -> Result<()> {
     let options: Vec<&str> = ["-d"].iter().chain(options).copied().collect();
     CONTAINERD.run(&options, id, &["sleep", "1000"])?.ok()?;
-    CONTAINERD.wait_for(id, "RUNNING")?;
     let outcome = test();
     CONTAINERD.remove(id)?;
     outcome
@@ -58,7 +57,7 @@ fn signals_are_exit_codes_above_128() -> Result<()> {
             &["sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.1; done"],
         );
         let waiting = std::thread::spawn(move || run(&mut ctr));
-        CONTAINERD.wait_for(&id, "RUNNING")?;
+        CONTAINERD.wait_for(&id, Status::Running)?;
         CONTAINERD.task(&["kill", "--signal", signal, &id])?.ok()?;
         let finished = waiting.join().expect("no panic")?;
         assert_eq!(finished.code, code, "{}", finished.errors());
@@ -72,7 +71,7 @@ fn a_detached_container_is_listed_killed_and_removed() -> Result<()> {
         let ps = CONTAINERD.task(&["ps", "detached"])?.ok()?;
         assert!(ps.lines().count() >= 2, "{ps}");
         CONTAINERD.task(&["kill", "--signal", "KILL", "detached"])?.ok()?;
-        CONTAINERD.wait_for("detached", "STOPPED")?;
+        CONTAINERD.wait_for("detached", Status::Stopped)?;
         // `ctr` warns of a task's exit code when it is not 0.
         let deleted = CONTAINERD.task(&["rm", "detached"])?;
         assert!(deleted.errors().contains("137"), "{deleted:?}");
@@ -122,7 +121,7 @@ fn a_missing_command_fails_at_start_with_its_name() -> Result<()> {
     assert_ne!(finished.code, 0);
     assert!(finished.errors().contains("/no/such/command"), "{}", finished.errors());
     // `ctr` leaves the container's record when its start fails.
-    run(CONTAINERD.ctr().args(["containers", "rm", "nocommand"]))?;
+    CONTAINERD.remove_record("nocommand")?;
     Ok(())
 }
 
@@ -130,10 +129,9 @@ fn a_missing_command_fails_at_start_with_its_name() -> Result<()> {
 fn kill_all_reaches_every_process_of_the_container() -> Result<()> {
     let script = "trap '' TERM; sleep 1000 & sleep 1001 & wait; wait; wait";
     CONTAINERD.run(&["-d"], "killall", &["sh", "-c", script])?.ok()?;
-    CONTAINERD.wait_for("killall", "RUNNING")?;
-    wait_until("three processes", || Ok(CONTAINERD.task(&["ps", "killall"])?.ok()?.lines().count() >= 4))?;
+    wait_until("three processes", || Ok(CONTAINERD.api().processes("killall")? >= 3))?;
     CONTAINERD.task(&["kill", "--all", "--signal", "KILL", "killall"])?.ok()?;
-    CONTAINERD.wait_for("killall", "STOPPED")?;
+    CONTAINERD.wait_for("killall", Status::Stopped)?;
     CONTAINERD.remove("killall")
 }
 
@@ -148,8 +146,8 @@ fn a_thousand_orphans_are_reaped() -> Result<()> {
     };
     // `sh` as PID 1 of the container reaps them; when it goes, the agent must have nothing left of it.
     wait_until("few processes", || Ok(count()? < 10))?;
-    CONTAINERD.task(&["kill", "--signal", "KILL", "orphans"])?.ok()?;
-    CONTAINERD.wait_for("orphans", "STOPPED")?;
+    CONTAINERD.kill_task("orphans")?;
+    CONTAINERD.wait_for("orphans", Status::Stopped)?;
     CONTAINERD.remove("orphans")
 }
 
@@ -304,7 +302,7 @@ fn wrong_oci_specs_are_refused_with_the_reason() -> Result<()> {
         ctr.args(["run", "--rm", "--runtime", e2e::containerd::RUNTIME, "--config"]).arg(&config).arg(&id);
         let finished = run(&mut ctr)?;
         std::fs::remove_file(config)?;
-        run(CONTAINERD.ctr().args(["containers", "rm", &id]))?;
+        CONTAINERD.remove_record(&id)?;
         assert_ne!(finished.code, 0, "{name} was accepted");
         assert!(finished.errors().contains(word), "{name}: {}", finished.errors());
     }

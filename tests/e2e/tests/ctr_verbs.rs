@@ -5,15 +5,13 @@
 mod task;
 
 use std::fs;
-use std::process::{Child, Stdio};
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::command::wait_until;
-use e2e::{Containerd, IMAGE, run};
+use e2e::{Containerd, Events, Status};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// One containerd for all tests of this file; they use different container ids.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -25,67 +23,14 @@ const A_WHILE: Duration = Duration::from_secs(2);
 fn with_container(id: &str, options: &[&str], script: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
     let options: Vec<&str> = ["-d"].iter().chain(options).copied().collect();
     CONTAINERD.run(&options, id, &["sh", "-c", script])?.ok()?;
-    CONTAINERD.wait_for(id, "RUNNING")?;
     let outcome = test();
     CONTAINERD.remove(id)?;
     outcome
 }
 
-/// What `ctr events` says from now on.
-struct Events {
-    folder: TempDir,
-    listener: Child,
-}
-
-impl Events {
-    fn listen() -> Result<Events> {
-        let folder = tempfile::tempdir()?;
-        let file = fs::File::create(folder.path().join("events"))?;
-        let listener =
-            CONTAINERD.ctr().arg("events").stdin(Stdio::null()).stdout(file).spawn().context("ctr events")?;
-        let events = Events { folder, listener };
-        // It is subscribed once it has heard of something.
-        wait_until("ctr events listens", || {
-            let label = events.folder.path().display().to_string().replace('/', "-");
-            run(CONTAINERD.ctr().args(["images", "label", IMAGE, &format!("listens={label}")]))?.ok()?;
-            run(CONTAINERD.ctr().args(["images", "label", IMAGE, "listens=no"]))?.ok()?;
-            Ok(!events.text()?.is_empty())
-        })?;
-        Ok(events)
-    }
-
-    fn text(&self) -> Result<String> {
-        Ok(fs::read_to_string(self.folder.path().join("events"))?)
-    }
-
-    /// What has happened to the task of container `id` so far: its topics' last words, in their order.
-    fn of(&self, id: &str) -> Result<Vec<String>> {
-        let id = format!("\"container_id\":\"{id}\"");
-        let text = self.text()?;
-        let topic =
-            |line: &str| line.split_whitespace().find_map(|w| w.strip_prefix("/tasks/")).map(str::to_owned);
-        Ok(text.lines().filter(|line| line.contains(&id)).filter_map(topic).collect())
-    }
-
-    /// Waits for as many events as `expected`, which they must be.
-    fn expect(&self, id: &str, expected: &[&str]) -> Result<()> {
-        wait_until(&format!("{expected:?} of {id}"), || Ok(self.of(id)?.len() >= expected.len()))?;
-        assert_eq!(self.of(id)?, expected);
-        Ok(())
-    }
-}
-
-impl Drop for Events {
-    fn drop(&mut self) {
-        // Both fail only when it is dead already.
-        let _ = self.listener.kill();
-        let _ = self.listener.wait();
-    }
-}
-
 #[test]
 fn a_paused_container_makes_no_progress_until_it_is_resumed() -> Result<()> {
-    let events = Events::listen()?;
+    let events = Events::follow(&CONTAINERD)?;
     let shared = tempfile::tempdir()?;
     let mount = format!("type=bind,src={},dst=/shared,options=rbind:rw", shared.path().display());
     let script = "i=0; while :; do i=$((i+1)); echo $i > /shared/next; mv /shared/next /shared/count; done";
@@ -99,7 +44,7 @@ fn a_paused_container_makes_no_progress_until_it_is_resumed() -> Result<()> {
         ensure!(refused.code != 0 && refused.errors().contains("running"), "{refused:?}");
 
         CONTAINERD.task(&["pause", "pause"])?.ok()?;
-        assert_eq!(CONTAINERD.status("pause")?.as_deref(), Some("PAUSED"));
+        assert_eq!(CONTAINERD.status("pause")?, Some(Status::Paused));
         let stopped_at = count()?;
         std::thread::sleep(A_WHILE);
         assert_eq!(count()?, stopped_at, "it counts while it is paused");
@@ -109,13 +54,13 @@ fn a_paused_container_makes_no_progress_until_it_is_resumed() -> Result<()> {
         ensure!(refused.code != 0 && refused.errors().contains("paused"), "{refused:?}");
 
         CONTAINERD.task(&["resume", "pause"])?.ok()?;
-        assert_eq!(CONTAINERD.status("pause")?.as_deref(), Some("RUNNING"));
+        assert_eq!(CONTAINERD.status("pause")?, Some(Status::Running));
         wait_until("it counts on", || Ok(count()? > stopped_at))?;
         CONTAINERD.exec("pause", "e", &["true"])?.ok()?;
 
         CONTAINERD.task(&["pause", "pause"])?.ok()?;
-        CONTAINERD.task(&["kill", "--signal", "KILL", "pause"])?.ok()?;
-        CONTAINERD.wait_for("pause", "STOPPED")
+        CONTAINERD.kill_task("pause")?;
+        CONTAINERD.wait_for("pause", Status::Stopped)
     })?;
     let execs = ["exec-added", "exec-started", "exit"];
     let first = ["create", "start", "paused", "resumed"];
@@ -207,7 +152,7 @@ fn limits_of_a_running_container_change_together_or_not_at_all() -> Result<()> {
 
 #[test]
 fn a_container_that_takes_too_much_memory_is_killed_and_containerd_is_told() -> Result<()> {
-    let events = Events::listen()?;
+    let events = Events::follow(&CONTAINERD)?;
     let hungry = ["dd", "if=/dev/zero", "of=/dev/null", "bs=128M", "count=1"];
     let finished = CONTAINERD.run(&["--rm", "--memory-limit", "33554432"], "oom", &hungry)?;
     assert_eq!(finished.code, 137, "{}", finished.errors());
@@ -216,15 +161,15 @@ fn a_container_that_takes_too_much_memory_is_killed_and_containerd_is_told() -> 
 
 #[test]
 fn a_child_that_takes_too_much_memory_is_told_while_the_container_lives() -> Result<()> {
-    let events = Events::listen()?;
+    let events = Events::follow(&CONTAINERD)?;
     let script = "dd if=/dev/zero of=/dev/null bs=128M count=1; echo $? > /dev/shm/code; sleep 1000; exit";
     with_container("oom-child", &["--memory-limit", "33554432"], script, || {
         events.expect("oom-child", &["create", "start", "oom"])?;
         wait_until("the child has ended", || {
             Ok(CONTAINERD.exec("oom-child", "code", &["cat", "/dev/shm/code"])?.text() == "137")
         })?;
-        assert_eq!(CONTAINERD.status("oom-child")?.as_deref(), Some("RUNNING"));
-        let told = events.of("oom-child")?.iter().filter(|topic| *topic == "oom").count();
+        assert_eq!(CONTAINERD.status("oom-child")?, Some(Status::Running));
+        let told = events.of("oom-child").iter().filter(|topic| *topic == "oom").count();
         assert_eq!(told, 1, "once for one kill");
         Ok(())
     })

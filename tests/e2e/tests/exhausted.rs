@@ -51,7 +51,7 @@ impl Limited {
         ctr.args(["run", "--rm", "--runtime"]).arg(self.runtime());
         let finished = run(ctr.args([e2e::IMAGE, id, "echo", "works"]))?;
         // `ctr` leaves the record of what it could not start.
-        run(self.containerd.ctr().args(["containers", "rm", id]))?;
+        self.containerd.remove_record(id)?;
         Ok(finished)
     }
 
@@ -140,7 +140,6 @@ fn a_shim_out_of_file_descriptors_refuses_an_exec_and_goes_on() -> Result<()> {
     containerd.run(&["--rm"], "first", &["true"])?.ok()?;
     let before = Census::take()?;
     containerd.run(&["-d"], "full", &["sleep", "1000"])?.ok()?;
-    containerd.wait_for("full", "RUNNING")?;
     let state: serde_json::Value = serde_json::from_slice(&fs::read("/run/ctvm/test/full/state.json")?)?;
     let shim = state["shim"]["pid"].as_i64().context("a sandbox has a shim")?;
     let limit = |files: &str| {

@@ -12,7 +12,7 @@ use std::{fs, thread};
 use anyhow::{Result, ensure};
 use e2e::command::{Finished, LIMIT, wait_until};
 use e2e::containerd::{SHIM, kill_9, pids_of};
-use e2e::{Census, Containerd, Netns, SmallFs, run};
+use e2e::{Census, Containerd, Netns, SmallFs, Status, run};
 use serde_json::json;
 
 const VMM: &str = "ctvm-vmm";
@@ -28,10 +28,9 @@ static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| {
 fn survives(containerd: &Containerd, id: &str, harm: impl FnOnce() -> Result<()>) -> Result<()> {
     let before = Census::take()?;
     containerd.run(&["-d"], id, &["sleep", "1000"])?.ok()?;
-    containerd.wait_for(id, "RUNNING")?;
     assert_eq!(pids_of(VMM)?.len(), 1);
     harm()?;
-    wait_until("the task is no longer running", || Ok(containerd.status(id)?.as_deref() != Some("RUNNING")))?;
+    wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
     containerd.remove(id)?;
     assert_eq!(containerd.status(id)?, None);
     before.settle()?;
@@ -48,10 +47,7 @@ fn every_count_comes_back() -> Result<()> {
         containerd.run(&["--rm"], &format!("again-{round}"), &["true"])?.ok()?;
     }
     before.settle()?;
-    survives(containerd, "killed", || {
-        containerd.task(&["kill", "--signal", "KILL", "killed"])?.ok()?;
-        Ok(())
-    })?;
+    survives(containerd, "killed", || containerd.kill_task("killed"))?;
     survives(containerd, "vmm-killed", || kill_9(pids_of(VMM)?[0]))?;
     survives(containerd, "shim-killed", || pids_of(SHIM)?.into_iter().try_for_each(kill_9))?;
     survives(containerd, "both-killed", || {
@@ -72,7 +68,7 @@ fn a_host_without_room_for_a_sandbox_says_so_and_nothing_is_left() -> Result<()>
         assert_ne!(finished.code, 0);
         assert!(finished.errors().contains("No space left on device"), "{}", finished.errors());
         assert!(finished.errors().contains("/run/ctvm/"), "which place is full: {}", finished.errors());
-        run(containerd.ctr().args(["containers", "rm", "full"]))?; // `ctr` leaves its record
+        containerd.remove_record("full")?;
         full.settle()?;
     }
     before.settle()?;
@@ -106,7 +102,6 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
         let before = Census::take()?;
         let options = ["-d", "--with-ns", &namespace.option()];
         containerd.run(&options, id, &["nc", "-ll", "-p", "7", "-e", "cat"])?.ok()?;
-        containerd.wait_for(id, "RUNNING")?;
         let mut connection = None;
         wait_until("the server echoes", || {
             let dialled = namespace.within(|| Ok(TcpStream::connect("127.0.0.1:7")?));
@@ -119,14 +114,12 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
         assert_eq!(namespace.run("ss -Htln")?.lines().count(), 2, "a listener for each family");
         match victim {
             Some(victim) => pids_of(victim)?.into_iter().try_for_each(kill_9)?,
-            None => drop(containerd.task(&["kill", "--signal", "KILL", id])?.ok()?),
+            None => containerd.kill_task(id)?,
         }
         // The client is told, whatever ended it.
         let end = connection.expect("the last one that was dialled").read(&mut [0]);
         assert!(matches!(&end, Ok(0)) || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset));
-        wait_until("the task is no longer running", || {
-            Ok(containerd.status(id)?.as_deref() != Some("RUNNING"))
-        })?;
+        wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
         containerd.remove(id)?;
         before.settle()?;
         wait_until("no listener is left", || Ok(namespace.run("ss -Htln")?.is_empty()))?;
@@ -150,7 +143,6 @@ fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
     for (id, victim) in [("resize-vmm", Some(VMM)), ("resize-shim", Some(SHIM)), ("resize-next", None)] {
         let before = Census::take()?;
         containerd.run(&options, id, &["sleep", "1000"])?.ok()?;
-        containerd.wait_for(id, "RUNNING")?;
         let vmm = pids_of(VMM)?[0];
         let vcpus = || -> Result<usize> {
             let links =
@@ -172,11 +164,9 @@ fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
         assert_eq!(updated.is_ok(), victim.is_none(), "{id}: {updated:?}");
         if victim.is_none() {
             assert_eq!(vcpus()?, usize::from(MOST));
-            containerd.task(&["kill", "--signal", "KILL", id])?.ok()?;
+            containerd.kill_task(id)?;
         }
-        wait_until("the task is no longer running", || {
-            Ok(containerd.status(id)?.as_deref() != Some("RUNNING"))
-        })?;
+        wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
         containerd.remove(id)?;
         before.settle()?;
     }

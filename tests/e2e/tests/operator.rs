@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, ensure};
 use e2e::command::wait_until;
 use e2e::containerd::{kill_9, pids_of};
-use e2e::{BIN, Census, Containerd, Finished, run};
+use e2e::{BIN, Census, Containerd, Finished, Status, run};
 use serde_json::Value;
 
 /// One test at a time: they count what the node has.
@@ -92,7 +92,6 @@ fn the_operator_sees_two_containers_of_a_pod() -> Result<()> {
     // It ends when it is told to, a while after who tells it is gone.
     let script = "while ! test -e /tmp/end; do sleep 0.2; done; sleep 1; exit 3";
     containerd.run(&[&pod[..], &named].concat(), "op-app", &["sh", "-c", script])?.ok()?;
-    containerd.wait_for("op-app", "RUNNING")?;
 
     let rows = ps()?;
     let row = rows.get("op-pod").with_context(|| format!("{rows:?}"))?;
@@ -132,7 +131,7 @@ fn the_operator_sees_two_containers_of_a_pod() -> Result<()> {
     assert_eq!(metrics()?.of("op-pod", "ctvm_process_exits_total", &exits)?, 0.0);
     let touched = ctvm(&["exec", "op-pod", "--container", "app", "--", "touch", "/tmp/end"])?;
     assert_eq!(touched.code, 0, "{}", touched.errors());
-    containerd.wait_for("op-app", "STOPPED")?;
+    containerd.wait_for("op-app", Status::Stopped)?;
     assert_eq!(metrics()?.of("op-pod", "ctvm_process_exits_total", &exits)?, 1.0);
     containerd.remove("op-app")?;
     // Made again under another id, it is the same to the pod.
@@ -167,7 +166,7 @@ fn exec_is_like_ctrs(containerd: &Containerd) -> Result<()> {
     let pause = ctvm(&["exec", "op-pod", "--container", "op-pod", "--", "cat", "/proc/1/comm"])?.ok()?;
     assert_eq!(pause, "sleep");
     // containerd goes on as if nothing had been.
-    assert_eq!(containerd.status("op-app")?.as_deref(), Some("RUNNING"));
+    assert_eq!(containerd.status("op-app")?, Some(Status::Running));
     assert_eq!(containerd.exec("op-app", "after", &["sh", "-c", "exit 5"])?.code, 5);
     Ok(())
 }
@@ -233,7 +232,6 @@ fn the_operator_is_told_of_a_dead_shim_and_what_to_do() -> Result<()> {
     containerd.run(&["--rm"], "first", &["true"])?.ok()?;
     let before = Census::take()?;
     containerd.run(&["-d"], "op-dead", &["sleep", "1000"])?.ok()?;
-    containerd.wait_for("op-dead", "RUNNING")?;
     let shim = i32::try_from(ps()?["op-dead"]["shim_pid"].as_i64().context("shim_pid")?)?;
     {
         // A shim that stands still: what the kernel knows is told all the same.

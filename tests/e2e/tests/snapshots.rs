@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use e2e::command::wait_until;
-use e2e::{Containerd, IMAGE, SHARE, Service, Setup, node, run};
+use e2e::{Containerd, IMAGE, SHARE, Service, Setup, Status, node, run};
 
 /// The snapshotter's folder and socket in a containerd's folder.
 fn places(folder: &Path) -> (PathBuf, PathBuf) {
@@ -55,7 +55,6 @@ fn a_whole_life(release: &str) -> Result<()> {
     };
     let script = "echo kept > /written; echo $(cat /written); exec sleep 1000";
     ours(&["-d"], &id, &["sh", "-c", script])?;
-    containerd.wait_for(&id, "RUNNING")?;
     // Its writable layer is on the host, where containerd counts it.
     wait_until("the file is in the snapshot", || {
         let folder = places(containerd.folder()).0.join("snapshots");
@@ -75,8 +74,8 @@ fn a_whole_life(release: &str) -> Result<()> {
     let usage = ctr(&["snapshots", "--snapshotter", "ctvm", "usage", &id])?;
     ensure!(usage.contains("KiB"), "{usage}");
 
-    containerd.task(&["kill", "--signal", "KILL", &id])?.ok()?;
-    containerd.wait_for(&id, "STOPPED")?;
+    containerd.kill_task(&id)?;
+    containerd.wait_for(&id, Status::Stopped)?;
     containerd.remove(&id)?;
     for image in ctr(&["images", "ls", "-q"])?.lines() {
         ctr(&["images", "rm", "--sync", image])?;
