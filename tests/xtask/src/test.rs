@@ -36,7 +36,7 @@ pub struct Options {
     #[arg(long)]
     debug_kernel: bool,
     /// Fuzz each target for this many seconds
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 2)]
     fuzz_seconds: u32,
 }
 
