@@ -51,33 +51,30 @@ pub fn run(cache: &Cache, product: Product, programs: &[&str], options: &Options
     let room = host::available_mib().saturating_sub(KEPT_MIB) / u64::from(shape.memory_mib);
     // With a filter there is too little to do for a second one.
     let labs = if options.filter.is_some() || options.debug_kernel { 1 } else { room.clamp(1, 2) };
-    let start = || (0..labs).map(|_| Machine::start(cache, &shape)).collect::<Result<Vec<_>>>();
-    let machines = step(if labs == 1 { "start the lab" } else { "start two labs" }, start)?;
-
     let (alone, together): (Vec<&str>, Vec<&str>) = programs.iter().partition(|name| is_alone(name));
     let queue = Mutex::new(together.into_iter().chain(alone).collect::<VecDeque<_>>());
     let take = |first: bool| {
         let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
         if first { queue.pop_front() } else { queue.pop_back() }
     };
-    let live = machines.len() == 1;
+    let live = labs == 1;
+    let work = |number: u64| -> Result<Count> {
+        let machine = step("start a lab", || Machine::start(cache, &shape))?;
+        let mut count = Count::default();
+        while let Some(name) = take(number == 0) {
+            let one =
+                step(&format!("end-to-end tests: {name}"), || run_one(machine.client(), name, options, live));
+            // Not a test, the lab itself failed: what it still said is all there is.
+            count.add(one.inspect_err(|_| machine.show_console())?);
+        }
+        if count.failed > 0 {
+            machine.show_console();
+        }
+        Ok(count)
+    };
     let counts: Vec<Result<Count>> = std::thread::scope(|scope| {
-        let work = |(number, machine): (usize, &Machine)| -> Result<Count> {
-            let mut count = Count::default();
-            while let Some(name) = take(number == 0) {
-                let one = step(&format!("end-to-end tests: {name}"), || {
-                    run_one(machine.client(), name, options, live)
-                });
-                // Not a test, the lab itself failed: what it still said is all there is.
-                count.add(one.inspect_err(|_| machine.show_console())?);
-            }
-            if count.failed > 0 {
-                machine.show_console();
-            }
-            Ok(count)
-        };
-        let threads: Vec<_> =
-            machines.iter().enumerate().map(|machine| scope.spawn(move || work(machine))).collect();
+        let work = &work;
+        let threads: Vec<_> = (0..labs).map(|number| scope.spawn(move || work(number))).collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
