@@ -249,10 +249,9 @@ fn arguments(command: &mut Command, shape: &Shape, kvm: Kvm, image: &Image, port
         if kvm == Kvm::Absent {
             command.args(["-accel", "tcg,thread=multi"]);
             // QEMU's counter is one for all CPUs, without the flag that would say so. The kernel would read the ACPI timer,
-            // with a lock of QEMU's at each look at the clock. Programs that lie where they lay are known to QEMU. And pages
-            // are cleared as they are freed, not as they are taken: QEMU sees that a guest's code is gone, and has its
-            // translations for the next guest. In exact time nothing of this is so, for the sake of older figures.
-            line.push_str(" tsc=reliable norandmaps init_on_free=1");
+            // with a lock of QEMU's at each look at the clock. And programs that lie where they lay are known to QEMU. In exact
+            // time neither is so, for the sake of older figures.
+            line.push_str(" tsc=reliable norandmaps");
         }
         command.arg("-smp").arg(shape.cpus.to_string());
     }
