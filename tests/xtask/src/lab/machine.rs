@@ -237,10 +237,7 @@ fn arguments(command: &mut Command, shape: &Shape, kvm: Kvm, image: &Image, port
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"]);
     match kvm {
         Kvm::Hardware => command.args(["-accel", "kvm", "-cpu", "host"]),
-        // In exact time with SMAP still, for the sake of older figures. QEMU's translations end where a kernel lifts it, and what
-        // is touched then has a TLB of its own.
-        Kvm::Absent if shape.exact => command.args(["-cpu", "EPYC-v3,+svm,+npt"]),
-        Kvm::Absent => command.args(["-cpu", "EPYC-v3,+svm,+npt,-smap"]),
+        Kvm::Absent => command.args(["-cpu", "EPYC-v3,+svm,+npt"]),
     };
     let mut line = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
     if shape.exact {
