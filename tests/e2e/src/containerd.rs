@@ -216,6 +216,11 @@ impl Containerd {
         wait_until(&format!("{id} is {status:?}"), || Ok(self.status(id)? == Some(status)))
     }
 
+    /// Waits until the task is running no longer, however it has ended.
+    pub fn wait_until_over(&self, id: &str) -> Result<()> {
+        wait_until("the task is no longer running", || Ok(self.status(id)? != Some(Status::Running)))
+    }
+
     /// Kills a task's first process, and with it the task.
     pub fn kill_task(&self, id: &str) -> Result<()> {
         self.api.kill(id, libc::SIGKILL)

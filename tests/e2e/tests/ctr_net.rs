@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use e2e::command::wait_until;
-use e2e::{Containerd, Status, run};
+use e2e::{Containerd, run};
 
 /// One containerd for all tests of this file.
 static CONTAINERD: LazyLock<Containerd> = LazyLock::new(|| Containerd::start().expect("containerd starts"));
@@ -298,7 +298,7 @@ fn the_pods_namespace_is_as_before_however_the_sandbox_ends() -> Result<()> {
             Some(victim) => e2e::containerd::kill_9(process_of(id, victim)?)?,
             None => CONTAINERD.kill_task(id)?,
         }
-        wait_until("the task is no longer running", || Ok(CONTAINERD.status(id)? != Some(Status::Running)))?;
+        CONTAINERD.wait_until_over(id)?;
         CONTAINERD.remove(id)?;
         wait_until("nothing is left in the pod's namespace", || Ok(traces(&pod)?.is_empty()))?;
     }

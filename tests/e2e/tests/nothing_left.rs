@@ -12,7 +12,7 @@ use std::{fs, thread};
 use anyhow::{Result, ensure};
 use e2e::command::{Finished, LIMIT, wait_until};
 use e2e::containerd::{SHIM, kill_9, pids_of};
-use e2e::{Census, Containerd, Netns, SmallFs, Status, run};
+use e2e::{Census, Containerd, Netns, SmallFs, run};
 use serde_json::json;
 
 const VMM: &str = "ctvm-vmm";
@@ -30,7 +30,7 @@ fn survives(containerd: &Containerd, id: &str, harm: impl FnOnce() -> Result<()>
     containerd.run(&["-d"], id, &["sleep", "1000"])?.ok()?;
     assert_eq!(pids_of(VMM)?.len(), 1);
     harm()?;
-    wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
+    containerd.wait_until_over(id)?;
     containerd.remove(id)?;
     assert_eq!(containerd.status(id)?, None);
     before.settle()?;
@@ -119,7 +119,7 @@ fn nothing_is_left_of_a_port_forward() -> Result<()> {
         // The client is told, whatever ended it.
         let end = connection.expect("the last one that was dialled").read(&mut [0]);
         assert!(matches!(&end, Ok(0)) || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset));
-        wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
+        containerd.wait_until_over(id)?;
         containerd.remove(id)?;
         before.settle()?;
         wait_until("no listener is left", || Ok(namespace.run("ss -Htln")?.is_empty()))?;
@@ -166,7 +166,7 @@ fn nothing_is_left_of_a_resize_in_the_middle() -> Result<()> {
             assert_eq!(vcpus()?, usize::from(MOST));
             containerd.kill_task(id)?;
         }
-        wait_until("the task is no longer running", || Ok(containerd.status(id)? != Some(Status::Running)))?;
+        containerd.wait_until_over(id)?;
         containerd.remove(id)?;
         before.settle()?;
     }
