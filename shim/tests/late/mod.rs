@@ -124,8 +124,8 @@ async fn a_vmm_that_is_killed_before_there_is_a_network_is_the_reason() {
     let (task, _) = made(&daemon).await;
     kill_9(&daemon.state("web").unwrap()["vmm"]["pid"]);
     let (_, text) = code(task.start(ctx(), &start_request("web", "")).await.unwrap_err());
-    // The end of the VMM may be known by then, or not.
-    assert!(text.contains("connecting the pod's network"), "{text}");
+    // It has gone when its namespace is opened for the network, or, as the kill takes its time, when it is asked first.
+    assert!(text.contains("connecting the pod's network") || text.contains("the VMM is gone"), "{text}");
     assert_eq!(delete(&task, "web", "").await.unwrap(), 137);
     shutdown(&task, "web").await;
     daemon.nothing_left().await;
