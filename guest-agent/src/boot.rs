@@ -20,7 +20,7 @@ pub const BUNDLES: &str = "/run/ctvm/bundles";
 #[derive(Debug, Clone, Copy)]
 pub struct Timeline {
     pub started_us: u64,
-    pub ready_us: u64,
+    pub dialled_us: u64,
 }
 
 /// Now, as the guest's CLOCK_MONOTONIC has it, in microseconds.

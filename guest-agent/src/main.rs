@@ -73,14 +73,14 @@ fn main() -> ExitCode {
     }
     log_stream::install();
     let host = host();
-    let connection = match reach(&host) {
+    let (connection, dialled_us) = match reach(&host) {
         Ok(connection) => connection,
         Err(error) => {
             log::error!("no host on port {}: {error}", agent_api::AGENT_PORT);
             boot::power_off();
         }
     };
-    let timeline = Timeline { started_us, ready_us: boot::now_us() };
+    let timeline = Timeline { started_us, dialled_us };
     boot::mark(agent_api::READY_MARK);
     boot::furnish();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -104,12 +104,14 @@ fn host() -> Host {
     Host::Vsock
 }
 
-fn reach(host: &Host) -> std::io::Result<OwnedFd> {
+/// A connection to the host, and when it was asked for.
+fn reach(host: &Host) -> std::io::Result<(OwnedFd, u64)> {
     let since = Instant::now();
     loop {
+        let dialled_us = boot::now_us();
         match host.dial_now(agent_api::AGENT_PORT) {
             Err(_) if since.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(20)),
-            done => return done,
+            done => return done.map(|connection| (connection, dialled_us)),
         }
     }
 }

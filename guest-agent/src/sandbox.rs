@@ -138,7 +138,7 @@ impl Sandbox for GuestSandbox {
             kernel_release: kernel_release(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             started_us: self.timeline.started_us,
-            ready_us: self.timeline.ready_us,
+            dialled_us: self.timeline.dialled_us,
             ..Default::default()
         })
     }
@@ -152,7 +152,7 @@ impl Sandbox for GuestSandbox {
             kernel_release: kernel_release(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             started_us: self.timeline.started_us,
-            ready_us: self.timeline.ready_us,
+            dialled_us: self.timeline.dialled_us,
             containers: u32::try_from(self.tasks.count()).unwrap_or(u32::MAX),
             memory_total_kib: field(&memory, "MemTotal"),
             memory_available_kib: field(&memory, "MemAvailable"),

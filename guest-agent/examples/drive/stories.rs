@@ -84,7 +84,7 @@ async fn setup(shim: &Shim) -> Result<()> {
     let request = SetupRequest { hostname: "driven".into(), entropy: vec![7; 64], ..Default::default() };
     let answer = shim.sandbox.setup(rpc(), &request).await?;
     println!("{answer}");
-    ensure!(answer.ready_us >= answer.started_us);
+    ensure!(answer.dialled_us >= answer.started_us);
     let again = shim.sandbox.setup(rpc(), &request).await?;
     ensure!(again == answer, "a second setup answers the same");
     Ok(())

@@ -306,7 +306,7 @@ async fn gone(vmm: &Vmm) -> BootCause {
 
 /// When the guest's PID 1 began, on the host's clock: the agent measures both moments on its own.
 fn init_started(setup: &SetupResponse, ready_us: u64) -> u64 {
-    ready_us.saturating_sub(setup.ready_us.saturating_sub(setup.started_us))
+    ready_us.saturating_sub(setup.dialled_us.saturating_sub(setup.started_us))
 }
 
 /// Hands the guest's connections to whom they are for, until the VMM ends.
@@ -459,10 +459,10 @@ mod tests {
     #[test]
     fn pid_1_began_before_the_agent_was_ready() {
         let mut setup = SetupResponse::new();
-        (setup.started_us, setup.ready_us) = (30_000, 34_000);
+        (setup.started_us, setup.dialled_us) = (30_000, 34_000);
         assert_eq!(init_started(&setup, 1_000_000), 996_000);
         // A guest that says nonsense does no harm.
-        (setup.started_us, setup.ready_us) = (5, u64::MAX);
+        (setup.started_us, setup.dialled_us) = (5, u64::MAX);
         assert_eq!(init_started(&setup, 1_000_000), 0);
     }
 
