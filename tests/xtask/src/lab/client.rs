@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -67,12 +68,15 @@ impl Client {
         let outlet = Arc::new(Mutex::new(connection.try_clone().context("clone the connection")?));
         let timed_out = Arc::new(AtomicBool::new(false));
         feed(streams.stdin, &outlet, command.terminal);
+        // Dropped with the command's end. A thread that slept on would keep the connection, which QEMU looks at each time it wakes.
+        let (_running, ended) = mpsc::channel::<()>();
         if let Some(limit) = limit {
-            let (outlet, timed_out) = (Arc::clone(&outlet), Arc::clone(&timed_out));
+            let timed_out = Arc::clone(&timed_out);
             std::thread::spawn(move || {
-                std::thread::sleep(limit);
-                timed_out.store(true, Ordering::Release);
-                let _ = send(&outlet, Kind::Kill, &[]); // the command may have ended long ago
+                if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                    timed_out.store(true, Ordering::Release);
+                    let _ = send(&outlet, Kind::Kill, &[]); // the command may end in this moment
+                }
             });
         }
         let exit = follow(&mut connection, streams.stdout, streams.stderr).with_context(|| {
