@@ -6,6 +6,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::steps::output;
+
 /// The one target. With it named, flags do not reach build scripts and procedural macros, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -16,8 +18,15 @@ const STATIC: &str = "-C target-feature=+crt-static";
 const AGENT: &str =
     "-C target-feature=+crt-static -C relocation-model=static -C link-arg=-Wl,--no-eh-frame-hdr";
 
-/// Tests that look at the checkout: they run on this machine, not in the lab.
+/// Packages whose tests run in the lab.
+const LAB_PACKAGES: [&str; 2] = ["tests/e2e", "tests/cri"];
+
+/// Of their tests those that look at the checkout: they run on this machine.
 const HOST_ONLY_TESTS: [&str; 1] = ["import_edges"];
+
+/// Every build of tests is one of the whole workspace: with another choice of packages or features, cargo would build
+/// what they depend on once more.
+pub const WHOLE: [&str; 3] = ["--workspace", "--features", "e2e/lab,cri/lab"];
 
 /// The checkout's root.
 pub fn workspace() -> PathBuf {
@@ -103,44 +112,68 @@ pub fn conformance() -> Result<PathBuf> {
 
 /// The end-to-end tests, by name.
 pub fn lab_tests() -> Result<Vec<(String, PathBuf)>> {
-    let messages = build_tests(&["--package", "e2e", "--package", "cri", "--features", "lab"])?;
+    let mut metadata = talkative_cargo("metadata");
+    let metadata = output(metadata.args(["--no-deps", "--format-version", "1"]))?;
+    let names = lab_test_names(&serde_json::from_str(&metadata).context("read cargo's metadata")?);
+    ensure!(!names.is_empty(), "the workspace has no end-to-end test");
+    let chosen: Vec<&str> = names.iter().flat_map(|name| ["--test", name]).collect();
+    let messages = build_tests(&chosen)?;
     let mut tests: Vec<_> = messages.iter().filter_map(lab_test).collect();
-    ensure!(!tests.is_empty(), "cargo built no end-to-end test");
+    ensure!(tests.len() == names.len(), "cargo built {} of {} end-to-end tests", tests.len(), names.len());
     tests.sort();
     Ok(tests)
 }
 
 /// The programs of unit tests, each with the folder of its package, where it is to run.
 pub fn unit_tests() -> Result<Vec<(PathBuf, PathBuf)>> {
-    let messages = build_tests(&["--workspace"])?;
+    let messages = build_tests(&[])?;
     let tests: Vec<_> = messages.iter().filter_map(unit_test).collect();
     ensure!(!tests.is_empty(), "cargo built no unit test");
     Ok(tests)
 }
 
-/// Builds tests; the result is what cargo says of each thing that it built.
+/// Builds tests, all or those that `which` names; the result is what cargo says of each thing that it built.
 fn build_tests(which: &[&str]) -> Result<Vec<Value>> {
     let mut command = cargo("test");
-    command.args(which).args(["--no-run", "--message-format=json-render-diagnostics"]);
+    command.args(WHOLE).args(which).args(["--no-run", "--message-format=json-render-diagnostics"]);
     let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
     ensure!(output.status.success(), "cargo: {}", output.status);
     let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     lines.map(serde_json::from_slice).collect::<Result<_, _>>().context("read cargo's message")
 }
 
-/// Name and program when `message` tells of an end-to-end test that was built.
-fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
-    let is_test = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "test");
-    let name = message["target"]["name"].as_str()?;
-    let program = message["executable"].as_str()?;
-    (is_test && !HOST_ONLY_TESTS.contains(&name)).then(|| (name.to_string(), program.into()))
+/// Names of the end-to-end tests that cargo's `metadata` tells of.
+fn lab_test_names(metadata: &Value) -> Vec<String> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let packages = list(&metadata["packages"]);
+    let targets = packages.iter().flat_map(|package| {
+        let with_place = move |target| (target, &package["manifest_path"]);
+        list(&package["targets"]).into_iter().map(with_place)
+    });
+    targets.filter_map(|(target, manifest)| lab_test_name(&target, manifest).map(String::from)).collect()
 }
 
-/// Program and its package's folder when `message` tells of a program of tests that was built.
+/// The name of `target` of the package of `manifest` when it is an end-to-end test.
+fn lab_test_name<'a>(target: &'a Value, manifest: &Value) -> Option<&'a str> {
+    let is_test = target["kind"].as_array()?.iter().any(|kind| kind == "test");
+    let folder = Path::new(manifest.as_str()?).parent()?;
+    let name = target["name"].as_str()?;
+    let in_lab = LAB_PACKAGES.iter().any(|package| folder.ends_with(package));
+    (is_test && in_lab && !HOST_ONLY_TESTS.contains(&name)).then_some(name)
+}
+
+/// Name and program when `message` tells of an end-to-end test that was built.
+fn lab_test(message: &Value) -> Option<(String, PathBuf)> {
+    let name = lab_test_name(&message["target"], &message["manifest_path"])?;
+    Some((name.to_string(), message["executable"].as_str()?.into()))
+}
+
+/// Program and its package's folder when `message` tells of a program of unit tests that was built.
 fn unit_test(message: &Value) -> Option<(PathBuf, PathBuf)> {
     let program = message["executable"].as_str()?;
     let folder = Path::new(message["manifest_path"].as_str()?).parent()?;
-    message["profile"]["test"].as_bool()?.then(|| (program.into(), folder.into()))
+    let is_unit_test = message["profile"]["test"].as_bool()? && lab_test(message).is_none();
+    is_unit_test.then(|| (program.into(), folder.into()))
 }
 
 /// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
@@ -169,20 +202,47 @@ pub fn run(command: &mut Command) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn message(kind: &str, name: &str, folder: &str, test: bool) -> Value {
+        serde_json::json!({
+            "executable": "/t/x",
+            "manifest_path": format!("{folder}/Cargo.toml"),
+            "target": {"kind": [kind], "name": name},
+            "profile": {"test": test},
+        })
+    }
+
     #[test]
     fn only_end_to_end_tests_go_to_the_lab() {
-        let message = |kind: &str, name: &str| serde_json::json!({"reason": "compiler-artifact", "executable": "/t/x", "target": {"kind": [kind], "name": name}});
-        assert_eq!(lab_test(&message("test", "vm_boot")), Some(("vm_boot".into(), "/t/x".into())));
-        assert_eq!(lab_test(&message("test", "import_edges")), None);
-        assert_eq!(lab_test(&message("lib", "e2e")), None);
+        let built = message("test", "vm_boot", "/w/tests/e2e", true);
+        assert_eq!(lab_test(&built), Some(("vm_boot".into(), "/t/x".into())));
+        assert_eq!(unit_test(&built), None);
+        for not_for_the_lab in [
+            message("test", "import_edges", "/w/tests/e2e", true),
+            message("test", "tiny_guests", "/w/vmm", true),
+            message("lib", "e2e", "/w/tests/e2e", true),
+        ] {
+            assert_eq!(lab_test(&not_for_the_lab), None);
+            assert!(unit_test(&not_for_the_lab).is_some());
+        }
         assert_eq!(lab_test(&serde_json::json!({"reason": "build-finished", "success": true})), None);
     }
 
     #[test]
+    fn end_to_end_tests_are_found_before_they_are_built() {
+        let target = |kind: &str, name: &str| serde_json::json!({"kind": [kind], "name": name});
+        let package = |folder: &str, targets: &[Value]| serde_json::json!({"manifest_path": format!("{folder}/Cargo.toml"), "targets": targets});
+        let metadata = serde_json::json!({"packages": [
+            package("/w/tests/cri", &[target("lib", "cri"), target("test", "pods")]),
+            package("/w/vmm", &[target("test", "tiny_guests")]),
+        ]});
+        assert_eq!(lab_test_names(&metadata), ["pods"]);
+    }
+
+    #[test]
     fn unit_tests_run_where_their_package_is() {
-        let message = |test: bool| serde_json::json!({"executable": "/t/x", "manifest_path": "/w/vmm/Cargo.toml", "profile": {"test": test}});
-        assert_eq!(unit_test(&message(true)), Some(("/t/x".into(), "/w/vmm".into())));
-        assert_eq!(unit_test(&message(false)), None);
+        let built = |test: bool| message("lib", "vmm", "/w/vmm", test);
+        assert_eq!(unit_test(&built(true)), Some(("/t/x".into(), "/w/vmm".into())));
+        assert_eq!(unit_test(&built(false)), None);
         assert_eq!(unit_test(&serde_json::json!({"reason": "build-finished", "success": true})), None);
     }
 }

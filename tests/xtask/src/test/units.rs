@@ -21,7 +21,7 @@ pub fn run(programs: &[(PathBuf, PathBuf)], filter: Option<&str>) -> Count {
         }
         None => {
             let mut command = build::talkative_cargo("test");
-            command.args(["--workspace", "--doc", "--no-fail-fast"]);
+            command.args(build::WHOLE).args(["--doc", "--no-fail-fast"]);
             run_and_show("examples", command.args(filter))
         }
     })
