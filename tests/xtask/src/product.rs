@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::guest::{self, Flavour, Kernel};
-use crate::steps::{output, quietly, step};
+use crate::steps::{both, output, quietly, step};
 use crate::{build, container_image, packages};
 
 /// Where the folder is in the lab. The end-to-end tests and benchmarks know these places.
@@ -34,9 +34,10 @@ impl Product {
     pub fn build_with(cache: &Cache, flavour: Flavour) -> Result<Self> {
         packages::ensure(cache)?;
         let kernel = guest::kernel(cache, flavour)?;
-        let agent = step("build the agent", build::agent)?;
-        let programs = step("build monitor, shim and command line", build::host_programs)?;
-        let images = step("build image service and converter", build::image_programs)?;
+        let in_guest = || step("build the agent", build::agent);
+        let on_host = || step("build monitor, shim and command line", build::host_programs);
+        let of_images = || step("build image service and converter", build::image_programs);
+        let (agent, (programs, images)) = both(in_guest, || both(on_host, of_images))?;
         let rootfs = guest::rootfs(cache, &agent)?;
         let image = container_image::get(cache, &Apt::open(cache)?)?;
         let product = Self { folder: cache.folder("run")?.join(format!(".product-{}", std::process::id())) };

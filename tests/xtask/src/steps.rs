@@ -22,6 +22,18 @@ pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
+/// Does both at once: builds leave a CPU idle whenever they link. Both end, also when one fails.
+pub fn both<A, B: Send>(
+    one: impl FnOnce() -> Result<A>,
+    other: impl FnOnce() -> Result<B> + Send,
+) -> Result<(A, B)> {
+    let (one, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(other);
+        (one(), other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    Ok((one?, other?))
+}
+
 /// Runs `command` with its output in a log file of the cache; a failure shows the log's end.
 pub fn quietly(cache: &Cache, name: &str, command: &mut Command) -> Result<()> {
     let path = cache.folder("logs")?.join(format!("{name}-{}.log", std::process::id()));

@@ -14,9 +14,10 @@ use clap::{Args, ValueEnum};
 
 use crate::cache::Cache;
 use crate::guest::Flavour;
+use crate::lab::machine::Machine;
 use crate::product::Product;
-use crate::steps::step;
-use crate::{build, fuzz, packages};
+use crate::steps::{both, step};
+use crate::{build, fuzz, guest, packages};
 
 /// Tests that the upcall driver passes on a kernel that looks for its own mistakes too. It is many times slower.
 const OF_THE_DRIVER: [&str; 2] = ["vm_resize", "vm_upcall"];
@@ -100,7 +101,16 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     packages::ensure(cache)?;
     let mut count = Count::default();
     if wanted(Only::Unit) {
-        let programs = step("build the unit tests", build::unit_tests)?;
+        let build = || step("build the unit tests", build::unit_tests);
+        let programs = if wanted(Only::Lab) {
+            let for_the_lab = || {
+                guest::kernel(cache, Flavour::Shipped)?;
+                Machine::prepare(cache)
+            };
+            both(build, for_the_lab)?.0
+        } else {
+            build()?
+        };
         count.add(step("unit tests", || Ok(units::run(&programs, options.filter.as_deref())))?);
     }
     if wanted(Only::Lab) {

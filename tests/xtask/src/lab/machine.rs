@@ -84,6 +84,13 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// Makes what every machine starts from, for later.
+    pub fn prepare(cache: &Cache) -> Result<()> {
+        let apt = Apt::open(cache)?;
+        Image::get(cache, &apt)?;
+        Qemu::get(cache, &apt).map(drop)
+    }
+
     /// Starts a machine that ends with this run.
     pub fn start(cache: &Cache, shape: &Shape) -> Result<Self> {
         let folder = cache.folder("run")?;
