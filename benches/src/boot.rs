@@ -4,14 +4,16 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::Result;
+use benches::memory::{Footprint, footprint};
 use e2e::SHARE;
 use e2e::vm::pack_initrd;
 
 use crate::exits::Exits;
 use benches::rows::Row;
-use benches::subject::{READY, Root, Subject};
+use benches::subject::{MEMORY_MIB, READY, Root, Subject};
 
 /// The agent's first act.
 const INIT: &str = "CTVM-INIT";
@@ -92,7 +94,7 @@ pub fn group(runs: usize) -> Result<(Vec<Row>, Pictures)> {
         }
         pictures.push((name.to_owned(), starts[0].clone()));
         let count =
-            |root| (0..3).map(|_| exits(*subject, root).map(|n| n as f64)).collect::<Result<Vec<_>>>();
+            |root| (0..runs).map(|_| exits(*subject, root).map(|n| n as f64)).collect::<Result<Vec<_>>>();
         let row = Row::of("boot", "exits to user space until PID 1, no disk", name, "exits", count(no_disk)?);
         rows.extend(row.map(|r| if *subject == Subject::Ctvm { r.budget(200.0) } else { r }));
         rows.extend(Row::of("boot", "exits to user space until PID 1", name, "exits", count(Root::Disk)?));
@@ -122,8 +124,7 @@ fn quick_moves(runs: usize) -> Result<Vec<Row>> {
     };
     remount("favordynmods")?;
     let mut rows = Vec::new();
-    for subject in Subject::ALL {
-        let starts = (0..runs).map(|_| start(subject)).collect::<Result<Vec<_>>>()?;
+    for (subject, starts) in in_turn(runs, start)? {
         for stage in ["vCPU runs", "PID 1", "agent ready"] {
             let values = starts.iter().filter_map(|s| s.end_of(stage)).collect();
             rows.extend(Row::of(
@@ -139,30 +140,39 @@ fn quick_moves(runs: usize) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// What `measure` gives of each subject, which take turns.
+fn in_turn<T>(runs: usize, measure: impl Fn(Subject) -> Result<T>) -> Result<Vec<(Subject, Vec<T>)>> {
+    let mut kept: Vec<_> = Subject::ALL.map(|subject| (subject, Vec::new())).into();
+    for _ in 0..runs {
+        for (subject, values) in &mut kept {
+            values.push(measure(*subject)?);
+        }
+    }
+    Ok(kept)
+}
+
 /// Memory of a VM that has come up and does nothing: group `memory`.
 pub fn memory(runs: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for subject in Subject::ALL {
-        let (mut pss, mut anonymous, mut guest) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..runs.min(5) {
-            let mut vm = subject.start(Root::Disk)?;
-            vm.wait_for_mark(READY)?;
-            // What the agent does after it said that it is ready.
-            std::thread::sleep(std::time::Duration::from_millis(500));
-            let footprint = benches::memory::footprint(
-                vm.vmm.id(),
-                u64::from(benches::subject::MEMORY_MIB) * 1024 - 4096,
-            )?;
-            pss.push(footprint.own_pss as f64);
-            anonymous.push(footprint.own_anonymous as f64);
-            guest.push(footprint.guest_rss as f64 / 1024.0);
-        }
+    for (subject, footprints) in in_turn(runs, idle_footprint)? {
+        let all =
+            |of: fn(&Footprint) -> u64| footprints.iter().map(|footprint| of(footprint) as f64).collect();
+        let guest = footprints.iter().map(|footprint| footprint.guest_rss as f64 / 1024.0).collect();
         let name = subject.name()?;
         let ours = subject == Subject::Ctvm;
         let limited = |row: Option<Row>, limit: f64| row.map(|r| if ours { r.budget(limit) } else { r });
-        rows.extend(limited(Row::of("memory", "VMM, PSS less guest memory", name, "KiB", pss), 1536.0));
-        rows.extend(Row::of("memory", "VMM, anonymous", name, "KiB", anonymous));
+        let pss = Row::of("memory", "VMM, PSS less guest memory", name, "KiB", all(|f| f.own_pss));
+        rows.extend(limited(pss, 1536.0));
+        rows.extend(Row::of("memory", "VMM, anonymous", name, "KiB", all(|f| f.own_anonymous)));
         rows.extend(limited(Row::of("memory", "guest memory, idle", name, "MiB", guest), 16.0));
     }
     Ok(rows)
+}
+
+fn idle_footprint(subject: Subject) -> Result<Footprint> {
+    let mut vm = subject.start(Root::Disk)?;
+    vm.wait_for_mark(READY)?;
+    // What the agent does after it said that it is ready.
+    std::thread::sleep(Duration::from_millis(500));
+    footprint(vm.vmm.id(), u64::from(MEMORY_MIB) * 1024 - 4096)
 }

@@ -49,11 +49,11 @@ pub fn group(runs: usize) -> Result<Vec<Row>> {
 }
 
 /// Memory of shim and VMM under a running container: part of group `memory`.
-pub fn memory() -> Result<Vec<Row>> {
+pub fn memory(runs: usize) -> Result<Vec<Row>> {
     let containerd = Containerd::start()?;
     let mut pss = Vec::new();
     let mut anonymous = Vec::new();
-    for round in 0..3 {
+    for round in 0..runs {
         let id = format!("idle-{round}");
         containerd.run(&["-d"], &id, &["sleep", "1000"])?.ok()?;
         let pid = *pids_of("containerd-shim-ctvm-v2")?.first().context("no shim runs")?;

@@ -85,7 +85,7 @@ fn main() -> Result<()> {
     }
     if wanted(Group::Memory) {
         rows.extend(boot::memory(arguments.runs)?);
-        rows.extend(containers::memory()?);
+        rows.extend(containers::memory(arguments.runs)?);
     }
     if wanted(Group::Run) {
         rows.extend(containers::group(arguments.runs)?);
