@@ -1,5 +1,6 @@
 //! Builds of this workspace's packages, each with the flags it ships or runs with.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -11,12 +12,11 @@ use crate::steps::output;
 /// The one target. With it named, flags do not reach build scripts and procedural macros, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-const STATIC: &str = "-C target-feature=+crt-static";
+const STATIC: &str = "-Ctarget-feature=+crt-static";
 
 /// Bound to fixed addresses the agent has no relocations to do at each boot (guest-agent/README.md has the figures). A panic ends
 /// it, so nobody looks through the index of its unwind tables (75 KiB).
-const AGENT: &str =
-    "-C target-feature=+crt-static -C relocation-model=static -C link-arg=-Wl,--no-eh-frame-hdr";
+const AGENT: [&str; 3] = [STATIC, "-Crelocation-model=static", "-Clink-arg=-Wl,--no-eh-frame-hdr"];
 
 /// Packages whose tests run in the lab.
 const LAB_PACKAGES: [&str; 2] = ["tests/e2e", "tests/cri"];
@@ -65,12 +65,11 @@ fn static_program(name: &str) -> Result<PathBuf> {
 /// The guest's PID 1 as it ships, static.
 pub fn agent() -> Result<PathBuf> {
     let folder = target().join("static");
-    let mut command = cargo("build");
+    let mut command = shipped(&AGENT)?;
     command
         .args(["--package", "guest-agent", "--bin", "ctvm-agent", "--profile", "agent", "--target", TARGET])
         .arg("--target-dir")
         .arg(&folder)
-        .env("RUSTFLAGS", AGENT)
         // libcontainer's C library, as an archive where libseccomp-dev puts it.
         .env("LIBSECCOMP_LINK_TYPE", "static")
         .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
@@ -80,21 +79,21 @@ pub fn agent() -> Result<PathBuf> {
 
 /// The host's programs as they ship: monitor, shim, operator's command line.
 pub fn host_programs() -> Result<[PathBuf; 3]> {
-    run(cargo("build").args(["--release", "--bins", "--package", "vmm", "--package", "shim"]))?;
+    run(shipped(&[])?.args(["--release", "--bins", "--package", "vmm", "--package", "shim"]))?;
     Ok(["ctvm-vmm", "containerd-shim-ctvm-v2", "ctvm"].map(|name| target().join("release").join(name)))
 }
 
 /// The node's image service, the snapshotter and the image converter as they ship.
 pub fn image_programs() -> Result<[PathBuf; 5]> {
     let packages = ["images", "convert", "snapshotter"].map(|name| ["--package", name]).concat();
-    run(cargo("build").args(["--profile", "service", "--bins"]).args(packages))?;
+    run(shipped(&[])?.args(["--profile", "service", "--bins"]).args(packages))?;
     let programs = ["ctvm-images", "ctvm-convert", "ctvm-snapshotter", "ctvm-nydusd", "nydus-overlayfs"];
     Ok(programs.map(|name| target().join("service").join(name)))
 }
 
 /// The benchmark harness.
 pub fn bench() -> Result<PathBuf> {
-    run(cargo("build").args(["--release", "--bins", "--package", "benches"]))?;
+    run(shipped(&[])?.args(["--release", "--bins", "--package", "benches"]))?;
     Ok(target().join("release/ctvm-bench"))
 }
 
@@ -112,9 +111,7 @@ pub fn conformance() -> Result<PathBuf> {
 
 /// The end-to-end tests, by name.
 pub fn lab_tests() -> Result<Vec<(String, PathBuf)>> {
-    let mut metadata = talkative_cargo("metadata");
-    let metadata = output(metadata.args(["--no-deps", "--format-version", "1"]))?;
-    let names = lab_test_names(&serde_json::from_str(&metadata).context("read cargo's metadata")?);
+    let names = lab_test_names(&metadata(&["--no-deps"])?);
     ensure!(!names.is_empty(), "the workspace has no end-to-end test");
     let chosen: Vec<&str> = names.iter().flat_map(|name| ["--test", name]).collect();
     let messages = build_tests(&chosen)?;
@@ -144,13 +141,11 @@ fn build_tests(which: &[&str]) -> Result<Vec<Value>> {
 
 /// Names of the end-to-end tests that cargo's `metadata` tells of.
 fn lab_test_names(metadata: &Value) -> Vec<String> {
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let packages = list(&metadata["packages"]);
-    let targets = packages.iter().flat_map(|package| {
-        let with_place = move |target| (target, &package["manifest_path"]);
-        list(&package["targets"]).into_iter().map(with_place)
+    let targets = list(&metadata["packages"]).iter().flat_map(|package| {
+        let named = |target| lab_test_name(target, &package["manifest_path"]);
+        list(&package["targets"]).iter().filter_map(named)
     });
-    targets.filter_map(|(target, manifest)| lab_test_name(&target, manifest).map(String::from)).collect()
+    targets.map(String::from).collect()
 }
 
 /// The name of `target` of the package of `manifest` when it is an end-to-end test.
@@ -174,6 +169,40 @@ fn unit_test(message: &Value) -> Option<(PathBuf, PathBuf)> {
     let folder = Path::new(message["manifest_path"].as_str()?).parent()?;
     let is_unit_test = message["profile"]["test"].as_bool()? && lab_test(message).is_none();
     is_unit_test.then(|| (program.into(), folder.into()))
+}
+
+/// A build of what ships, with `flags` for the compiler. Programs name the places in their sources, for panics: here by
+/// names that are the same on every machine, and short.
+fn shipped(flags: &[&str]) -> Result<Command> {
+    let flags = flags.iter().map(|flag| flag.to_string()).chain(plain_places(&metadata(&[])?));
+    let mut command = cargo("build");
+    // Unlike RUSTFLAGS, flags may have spaces in this.
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.collect::<Vec<_>>().join("\x1f"));
+    Ok(command)
+}
+
+/// What has the compiler name the workspace's sources, and those of the packages in cargo's `metadata`, alike everywhere.
+fn plain_places(metadata: &Value) -> Vec<String> {
+    let is_fetched = |package: &&Value| !package["source"].is_null();
+    let folder =
+        |package: &Value| Some(Path::new(package["manifest_path"].as_str()?).ancestors().nth(2)?.to_owned());
+    let fetched: BTreeSet<PathBuf> =
+        list(&metadata["packages"]).iter().filter(is_fetched).filter_map(folder).collect();
+    let ours = [(workspace(), ""), (target(), "target")];
+    let places = ours.into_iter().chain(fetched.into_iter().map(|folder| (folder, "")));
+    places.map(|(folder, name)| format!("--remap-path-prefix={}={name}", folder.display())).collect()
+}
+
+/// What cargo tells of the workspace and, without `--no-deps`, of all it depends on.
+fn metadata(options: &[&str]) -> Result<Value> {
+    let mut command = talkative_cargo("metadata");
+    let text = output(command.args(["--format-version", "1"]).args(options))?;
+    serde_json::from_str(&text).context("read cargo's metadata")
+}
+
+/// The items of a list in cargo's metadata.
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// A cargo command in the workspace, with the versions that are locked, that only says what is wrong.
@@ -236,6 +265,21 @@ mod tests {
             package("/w/vmm", &[target("test", "tiny_guests")]),
         ]});
         assert_eq!(lab_test_names(&metadata), ["pods"]);
+    }
+
+    #[test]
+    fn no_folder_of_this_machine_is_in_what_ships() {
+        let package =
+            |source: Value, manifest: &str| serde_json::json!({"source": source, "manifest_path": manifest});
+        let places = plain_places(&serde_json::json!({"packages": [
+            package("registry".into(), "/home/me/registry/a-1.0.0/Cargo.toml"),
+            package("registry".into(), "/home/me/registry/b-1.0.0/Cargo.toml"),
+            package(Value::Null, "/w/vmm/Cargo.toml"),
+        ]}));
+        let here = workspace();
+        assert_eq!(places[0], format!("--remap-path-prefix={}=", here.display()));
+        assert!(places[1].ends_with("=target"), "{}", places[1]);
+        assert_eq!(places[2..], ["--remap-path-prefix=/home/me/registry="]);
     }
 
     #[test]
