@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use e2e::vm::{GuestSpec, start_vmm};
+use vmm_api::config::MAX_VCPUS;
 use vmm_api::{ClientError, ErrorCode, Event, ExitReason, GuestMemoryBacking, MemoryConfig, Op, Reply};
 
 const LOOK: &str = "echo cpus=$(grep -c ^processor /proc/cpuinfo)\n\
@@ -38,6 +39,11 @@ fn two_vcpus_with_256_mib() -> Result<()> {
 #[test]
 fn four_vcpus_with_memory_above_the_32_bit_hole() -> Result<()> {
     boots_with(GuestSpec { vcpus: 4, memory: memory(4096), ..GuestSpec::default() })
+}
+
+#[test]
+fn the_most_vcpus() -> Result<()> {
+    boots_with(GuestSpec { vcpus: MAX_VCPUS, memory: memory(512), ..GuestSpec::default() })
 }
 
 #[test]
