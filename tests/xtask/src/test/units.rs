@@ -9,20 +9,38 @@ use anyhow::{Context as _, Result};
 use super::{Count, Lines, some_at_a_time};
 use crate::build;
 
-/// Runs `programs`, each in its folder, and the examples of the documentation.
+/// Folders of recipes that have tests of their own, a program `check` that Python counts.
+const RECIPES: [&str; 2] = ["kernel-config", "rootfs"];
+
+#[derive(Clone, Copy)]
+enum Tests<'a> {
+    /// A program of ours, and the folder of its package.
+    Program(&'a Path, &'a Path),
+    /// The examples of the documentation.
+    Examples,
+    /// A recipe's.
+    Recipe(&'a str),
+}
+
+/// Runs `programs`, each in its folder, the examples of the documentation, and the recipes' checks.
 pub fn run(programs: &[(PathBuf, PathBuf)], filter: Option<&str>) -> Count {
-    let of_programs = programs.iter().map(Some);
-    let all: Vec<_> = std::iter::once(None).chain(of_programs).collect();
-    some_at_a_time(&all, |which| match which {
-        Some((program, folder)) => {
+    let is_wanted = |recipe: &&str| filter.is_none_or(|filter| recipe.contains(filter));
+    let mut all = vec![Tests::Examples];
+    all.extend(RECIPES.into_iter().filter(is_wanted).map(Tests::Recipe));
+    all.extend(programs.iter().map(|(program, folder)| Tests::Program(program, folder)));
+    some_at_a_time(&all, |tests| match *tests {
+        Tests::Program(program, folder) => {
             let mut command = Command::new(program);
             command.current_dir(folder).env("CARGO_MANIFEST_DIR", folder);
             run_and_show(&name(program), command.args(filter))
         }
-        None => {
+        Tests::Examples => {
             let mut command = build::talkative_cargo("test");
             command.args(build::WHOLE).args(["--doc", "--no-fail-fast"]);
             run_and_show("examples", command.args(filter))
+        }
+        Tests::Recipe(recipe) => {
+            run_and_show(recipe, &mut Command::new(build::workspace().join(recipe).join("check")))
         }
     })
 }
@@ -53,8 +71,18 @@ fn run_one(name: &str, command: &mut Command) -> Result<(Count, Vec<u8>)> {
     lines.write_all(&output.stdout)?;
     lines.to.extend(output.stderr);
     let Lines { mut count, to: said, .. } = lines;
+    if output.status.success() {
+        count.passed += ran_by_python(&said);
+    }
     count.settle(name, output.status.success(), &output.status.to_string());
     Ok((count, said))
+}
+
+/// The number in unittest's last words, "Ran 5 tests in 1.2s".
+fn ran_by_python(said: &[u8]) -> u32 {
+    let said = String::from_utf8_lossy(said);
+    let number = |line: &str| line.strip_prefix("Ran ")?.split(' ').next()?.parse().ok();
+    said.lines().rev().find_map(number).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -74,6 +102,18 @@ mod tests {
         let died = script("echo 'test a ... ok'; kill -6 $$");
         assert_eq!(died.failed, 1);
         assert!(died.failures[0].starts_with("unit (signal"), "{:?}", died.failures);
+    }
+
+    #[test]
+    fn what_python_ran_is_counted_when_it_passed() {
+        let python = |end: &str| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &format!("printf '...\\nRan 5 tests in 0.1s\\n\\n' >&2; {end}")]);
+            run_one("rootfs", &mut shell).unwrap().0
+        };
+        assert_eq!((python("echo OK >&2").passed, python("echo OK >&2").failed), (5, 0));
+        let failed = python("echo 'FAILED (failures=1)' >&2; exit 1");
+        assert_eq!((failed.passed, failed.failed), (0, 1));
     }
 
     #[test]
