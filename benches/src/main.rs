@@ -12,6 +12,7 @@ mod resize;
 mod size;
 mod sized;
 mod svg;
+mod warm;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,9 +24,9 @@ use clap::{Parser, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(about = "Measures ctvm beside its peers; runs in the lab machine")]
 struct Arguments {
-    /// Only this group.
-    #[arg(long)]
-    only: Option<Group>,
+    /// Only these groups.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Group>,
     /// Counted runs of each quantity.
     #[arg(long, default_value_t = 10)]
     runs: usize,
@@ -71,7 +72,8 @@ const SIZED_RUNS: usize = 10;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let wanted = |group| arguments.only.is_none_or(|only| only == group);
+    let wanted = |group| arguments.only.is_empty() || arguments.only.contains(&group);
+    warm::programs()?;
     let mut rows = Vec::new();
     if wanted(Group::Size) {
         rows.extend(size::group()?);

@@ -19,9 +19,9 @@ use crate::{bench_images, build, container_image};
 /// Options of `xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only this group of figures: boot, memory, size, run, resize (of it, sized alone), pods, nydus
-    #[arg(long)]
-    only: Option<String>,
+    /// Only these groups of figures: boot, memory, size, run, resize (of it, sized alone), pods, nydus
+    #[arg(long, value_delimiter = ',', value_name = "GROUP,…")]
+    only: Vec<String>,
     /// Counted runs of each figure
     #[arg(long, default_value_t = 10)]
     runs: u32,
@@ -49,7 +49,7 @@ pub struct Options {
 pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     let product = Product::build(cache)?;
     product.add("bin", &step("build the benchmark harness", build::bench)?)?;
-    let wanted = |group| options.only.as_deref().is_none_or(|only| only == group);
+    let wanted = |group| options.only.is_empty() || options.only.iter().any(|only| only == group);
     if wanted("pods") {
         let program = step("build the harness of group pods", build::bench_pods)?;
         product.add_stripped("bin", &program, "ctvm-bench-pods")?;
@@ -82,8 +82,8 @@ pub fn main(cache: &Cache, options: &Options) -> Result<u8> {
     .map(ToString::to_string)
     .to_vec();
     argv.push(options.runs.to_string());
-    if let Some(only) = &options.only {
-        argv.extend(["--only".to_string(), only.clone()]);
+    if !options.only.is_empty() {
+        argv.extend(["--only".to_string(), options.only.join(",")]);
     }
     if let Some(part) = &options.part {
         argv.extend(["--part".to_string(), part.clone()]);
