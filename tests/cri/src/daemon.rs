@@ -166,8 +166,9 @@ fn configuration(folder: &Path) -> Result<String> {
     fs::write(folder.join(NETWORK), serde_json::to_vec_pretty(&network)?)?;
     let config = fs::read_to_string("/etc/ctvm/config.toml").context("read the shim's configuration")?;
     let more = "annotations = [\"vcpus\", \"memory_mib\", \"cmdline\", \"image_dax\"]\n";
-    let impatient = "[timeouts]\nagent_ms = 20000\n";
-    fs::write(folder.join("ctvm-lenient.toml"), format!("{more}{config}{impatient}"))?;
+    let patience = |ms: u32| format!("[timeouts]\nagent_ms = {ms}\n");
+    fs::write(folder.join("ctvm-lenient.toml"), format!("{more}{config}{}", patience(20_000)))?;
+    fs::write(folder.join("ctvm-impatient.toml"), format!("{config}{}", patience(8_000)))?;
     write_logged(folder, &config)?;
     // containerd 2.1 ends when it cannot bind NRI's socket, and two that start at once would race for the one in /run.
     Ok(format!(
@@ -198,18 +199,17 @@ fn configuration(folder: &Path) -> Result<String> {
       runtime_type = "io.containerd.ctvm.v2"
       sandboxer = "shim"
       io_type = "streaming"
-{}{}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+{}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
 "#,
         folder.display(),
         cni.display(),
-        variant("lenient", folder),
-        variant("logged", folder),
+        ["lenient", "impatient", "logged"].map(|name| variant(name, folder)).concat(),
     ))
 }
 
 /// One more runtime of ours, with a configuration of its own: `ctvm-lenient` lets pods change the guest kernel's command
-/// line and how they have their images, and gives an agent 20 s; `ctvm-logged` has system calls that the VMM's filters do not list written to the host's log.
+/// line and how they have their images, and gives an agent 20 s; `ctvm-impatient` gives it 8 s; `ctvm-logged` has system calls that the VMM's filters do not list written to the host's log.
 fn variant(name: &str, folder: &Path) -> String {
     let table = format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.ctvm-{name}");
     format!(

@@ -135,8 +135,8 @@ fn a_guest_that_fills_its_memory() -> Result<()> {
 #[test]
 fn a_guest_that_hangs() -> Result<()> {
     let ground = Ground::start()?;
-    // With a runtime that does not wait so long.
-    let pod = Pod::run_with(ground.cri(), "ctvm-lenient", harm::privileged)?;
+    // With a runtime that does not wait so long: twice, while the guest takes all of a CPU.
+    let pod = Pod::run_with(ground.cri(), "ctvm-impatient", harm::privileged)?;
     let config = exerciser(&pod, &["spin"]);
     let id = pod.start(&config)?;
     wait_at_most(BOUND, "it spins", || Ok(pod.log(&config).is_ok_and(|(out, _)| out == "spinning\n")))?;
