@@ -1,4 +1,4 @@
-//! Programs into the page cache, before anything is timed. In exact time the clock goes on to the next timer while the lab
+//! Programs of others into the page cache, before anything is timed. In exact time the clock goes on to the next timer while the lab
 //! waits for its own disks: of a program that is not there yet, five minutes are over in two seconds.
 
 use std::fs::{self, File};
@@ -6,24 +6,23 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use e2e::BIN;
 
-/// Folders with the programs of others, and with a folder for each of containerd's releases.
+/// Folders with programs, and with a folder for each of containerd's releases.
 const SYSTEM: [&str; 2] = ["/usr/bin", "/usr/sbin"];
 const RELEASES: &str = "/opt/containerd";
 
-/// What the names of those programs begin with.
-const OTHERS: [&str; 4] = ["containerd", "ctr", "runc", "qemu-system"];
+/// What the names of those begin with that are measured, or run what is measured.
+const MEASURED: [&str; 4] = ["containerd", "ctr", "runc", "qemu-system"];
 
-/// Reads all programs that are measured, or run what is measured.
+/// Reads them. Not ours: how much of them is in a process's memory depends on how much of their files is in the cache.
 pub fn programs() -> Result<()> {
     let mut folders: Vec<PathBuf> = SYSTEM.map(PathBuf::from).into();
     folders.extend(children(Path::new(RELEASES))?.into_iter().map(|release| release.join("usr/bin")));
-    let mut programs = children(Path::new(BIN))?;
+    let mut programs = Vec::new();
     for folder in folders {
         let is_measured = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            OTHERS.iter().any(|other| name.starts_with(other))
+            MEASURED.iter().any(|begin| name.starts_with(begin))
         };
         programs.extend(children(&folder)?.into_iter().filter(is_measured));
     }
