@@ -201,7 +201,7 @@ fn metadata(options: &[&str]) -> Result<Value> {
 }
 
 /// The items of a list in cargo's metadata.
-fn list(value: &Value) -> &[Value] {
+pub fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 

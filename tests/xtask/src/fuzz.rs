@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::build::{target, workspace};
+use crate::build::{list, target, workspace};
 use crate::cache::Cache;
 use crate::steps::{output, step};
 use crate::test::{Count, some_at_a_time};
@@ -60,8 +60,7 @@ fn targets(folder: &Path) -> Result<Vec<String>> {
 }
 
 fn programs(metadata: &Value) -> Vec<String> {
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let targets = list(&metadata["packages"]).into_iter().flat_map(|package| list(&package["targets"]));
+    let targets = list(&metadata["packages"]).iter().flat_map(|package| list(&package["targets"]));
     let programs = targets.filter(|target| list(&target["kind"]).iter().any(|kind| kind == "bin"));
     programs.filter_map(|target| target["name"].as_str().map(String::from)).collect()
 }
