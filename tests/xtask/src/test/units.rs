@@ -12,6 +12,9 @@ use crate::build;
 /// Folders of recipes that have tests of their own, a program `check` that Python counts.
 const RECIPES: [&str; 2] = ["kernel-config", "rootfs"];
 
+/// Programs that take 5 s and more: they begin, so that none of them is waited for alone at the end.
+const SLOW: [&str; 4] = ["mount", "service", "bounds", "sandbox"];
+
 #[derive(Clone, Copy)]
 enum Tests<'a> {
     /// A program of ours, and the folder of its package.
@@ -22,12 +25,19 @@ enum Tests<'a> {
     Recipe(&'a str),
 }
 
+impl Tests<'_> {
+    fn are_slow(&self) -> bool {
+        matches!(self, Tests::Program(program, _) if SLOW.contains(&&*name(program)))
+    }
+}
+
 /// Runs `programs`, each in its folder, the examples of the documentation, and the recipes' checks.
 pub fn run(programs: &[(PathBuf, PathBuf)], filter: Option<&str>) -> Count {
     let is_wanted = |recipe: &&str| filter.is_none_or(|filter| recipe.contains(filter));
     let mut all = vec![Tests::Examples];
     all.extend(RECIPES.into_iter().filter(is_wanted).map(Tests::Recipe));
     all.extend(programs.iter().map(|(program, folder)| Tests::Program(program, folder)));
+    all.sort_by_key(|tests| !tests.are_slow());
     some_at_a_time(&all, |tests| match *tests {
         Tests::Program(program, folder) => {
             let mut command = Command::new(program);
