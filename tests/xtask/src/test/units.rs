@@ -12,7 +12,7 @@ use crate::build;
 /// Folders of recipes that have tests of their own, a program `check` that Python counts.
 const RECIPES: [&str; 2] = ["kernel-config", "rootfs"];
 
-/// Programs that take 5 s and more: they begin, so that none of them is waited for alone at the end.
+/// The programs that take longest: they begin, so that none of them is waited for alone at the end.
 const SLOW: [&str; 4] = ["mount", "service", "bounds", "sandbox"];
 
 #[derive(Clone, Copy)]
